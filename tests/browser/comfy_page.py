@@ -1,0 +1,102 @@
+"""ComfyUI's real page in a real browser: finding Chromium, opening the page, building, reading and running graphs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--disable-quic"]  # fmt: skip
+READY = "() => window.app?.graph && window.app.extensionManager && LiteGraph.registered_node_types.SodaLoader"
+
+BUILD = """async ({nodes, groups}) => {
+  await app.loadGraphData({version: 0.4, nodes: [], links: [], groups: [], last_node_id: 0, last_link_id: 0})
+  const made = nodes.map(({type, box, title, values}) => {
+    const node = LiteGraph.createNode(type)
+    if (!node) throw new Error(`no node ${type}`)
+    app.graph.add(node)
+    if (title) node.title = title
+    for (const [name, value] of Object.entries(values)) {
+      const widget = node.widgets?.find((w) => w.name === name)
+      if (!widget) throw new Error(`${type} has no widget ${name}, only ${node.widgets?.map((w) => w.name)}`)
+      widget.value = value
+    }
+    if (box) { node.pos = box.slice(0, 2); node.setSize(box.slice(2)) }
+    return node
+  })
+  nodes.forEach(({links, type}, i) => Object.entries(links).forEach(([input, [source, output]]) => {
+    const from = made[source].outputs.findIndex((o) => o.name === output)
+    const to = made[i].inputs.findIndex((o) => o.name === input)
+    if (from < 0 || to < 0 || !made[source].connect(from, made[i], to))
+      throw new Error(`no link ${made[source].type}.${output} -> ${type}.${input} (${made[i].inputs.map((x) => x.name)})`)
+  }))
+  for (const {title, color, box} of groups) {
+    const group = new LiteGraph.LGraphGroup(title)
+    group.pos = box.slice(0, 2); group.size = box.slice(2); group.color = color
+    app.graph.add(group)
+  }
+  return made.map((node) => node.id)
+}"""
+
+RUN = """async (seconds) => {
+  const seen = new Promise((resolve, reject) => {
+    app.api.addEventListener('execution_success', () => resolve(), {once: true})
+    app.api.addEventListener('execution_error', ({detail}) =>
+      reject(new Error(`${detail.node_type}: ${detail.exception_message}`)), {once: true})
+    setTimeout(() => reject(new Error(`no end after ${seconds} s`)), seconds * 1000)
+  })
+  if (!await app.queuePrompt(0)) throw new Error('the server refused the prompt: ' + JSON.stringify(app.lastNodeErrors))
+  await seen
+}"""
+
+
+def browser_path() -> str | None:
+    """An installed Chromium or Chrome (SODA_BROWSER names one), or None: Playwright's own download."""
+    if named := os.environ.get("SODA_BROWSER"):
+        return named
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def set_setting(url: str, name: str, value: object) -> None:
+    request = urllib.request.Request(
+        f"{url}/settings/{name}", json.dumps(value).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=20).close()
+
+
+def open_page(browser: Browser, url: str, *, nodes2: bool, query: str = "", size=(1600, 1000)) -> Page:
+    """The page in the classic renderer or in Nodes 2.0, without the first-start template browser over the canvas."""
+    set_setting(url, "Comfy.TutorialCompleted", True)
+    set_setting(url, "Comfy.VueNodes.Enabled", nodes2)
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    page.set_default_timeout(30_000)
+    page.goto(url + query)
+    page.wait_for_function(READY)
+    page.wait_for_function("() => app.vueAppReady && !document.querySelector('.p-blockui-mask')")
+    return page
+
+
+def build_graph(page: Page, nodes: list[dict], groups: list[dict] | None = None) -> list[int]:
+    """Nodes as {type, values, links, box?, title?}, links as {input: (index of the source, output)} -> node ids."""
+    return page.evaluate(BUILD, {"nodes": [{"values": {}, "links": {}} | node for node in nodes], "groups": groups or []})
+
+
+def run_workflow(page: Page, seconds: int = 120) -> None:
+    """Queue the graph as the Run button does and wait for its end; an error of any node, or a refusal, is raised."""
+    page.evaluate(RUN, seconds)
