@@ -1,0 +1,66 @@
+"""The command line: demo and test. Every failure ends here as one sentence and a non-zero exit code."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import environment, ladder, process
+from .errors import RunError, Stopped
+from .terminal import Status
+
+
+def main(arguments: Sequence[str]) -> int:
+    options, extra = _parser().parse_known_args(arguments)
+    if extra and options.command != "test":
+        _parser().error(f"unknown argument: {extra[0]}")
+    end_on_signals()
+    status = Status()
+    try:
+        found = environment.provide(status)
+        if options.command == "test":
+            return ladder.test(found, extra, with_browser=options.browser, status=status)
+        status.done(f"Using {found.origin}")
+        return _demo(found, options)
+    except RunError as error:
+        status.clear()
+        print(f"\nrun.py: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Stopped):
+        status.clear()
+        print("\nrun.py: stopped; nothing is left running.", file=sys.stderr)
+        return 130
+
+
+def _demo(found: environment.Environment, options: argparse.Namespace) -> int:
+    """The demo needs ComfyUI's packages (aiohttp, PIL), so it runs in ComfyUI's Python."""
+    arguments = ["--path", str(environment.REPOSITORY), "-m", "runner.demo", "--comfyui", str(found.comfyui)]
+    arguments += ["--output", str(Path.cwd() / "soda-demo"), "--port", str(options.port)]
+    return process.run(found.python, [*arguments, *(["--keep"] if options.keep else [])])
+
+
+def end_on_signals() -> None:
+    """SIGTERM and a closed terminal unwind the stack, so that children are stopped."""
+
+    def stop(number, frame):
+        raise Stopped
+
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run.py",
+        description="SODA in a real ComfyUI. COMFYUI_PATH (and COMFYUI_PYTHON) name one to use; else it is "
+        "installed once into a cache folder (SODA_CACHE names another).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="train, save, load, mix and sample; ends with a contact sheet")
+    demo.add_argument("--keep", action="store_true", help="leave the server up and open its page with the workflow")
+    demo.add_argument("--port", type=int, default=0, help="the server's port (default: a free one)")
+    test = commands.add_parser("test", help="run every test; other arguments go to pytest (-k, -x, a file ...)")
+    test.add_argument("--no-browser", dest="browser", action="store_false", help="leave out the browser tests")
+    return parser
