@@ -1,0 +1,21 @@
+"""The nodes of the pack, one file per job. They hold no maths: that is the library's."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..soda.hosts.comfy import folders
+from .loader import SodaLoader
+from .mix import SodaMix
+from .save import SodaSave
+from .train import SodaTrain
+
+NODES: list[type[io.ComfyNode]] = [SodaLoader, SodaMix, SodaTrain, SodaSave]
+
+
+class SodaExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def on_load(self) -> None:
+        folders.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

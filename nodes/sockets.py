@@ -1,0 +1,13 @@
+"""What several nodes share: the adapter socket, the category, the strength widget's range."""
+
+from comfy_api.latest import io
+
+CATEGORY = "SODA"
+SODA_ADAPTER = io.Custom("SODA_ADAPTER")
+ROLES = ["subject", "style", "other"]
+DECOMPOSITIONS = ["lq", "svd", "qr", "none"]
+
+
+def strength_input(name: str, tooltip: str) -> io.Float.Input:
+    """A weight from -10 to 10; 0 changes nothing, 1 is the adapter as trained, negative turns the other way."""
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=tooltip)

@@ -1,0 +1,1 @@
+"""The only places that know a host program: one package per host, each on top of the library above it."""

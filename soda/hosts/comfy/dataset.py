@@ -1,0 +1,76 @@
+"""Training samples out of the list forms of ComfyUI's dataset nodes.
+
+LATENT and CONDITIONING arrive as lists: of latent dicts that each hold one or more samples, and of conditioning
+lists that each hold one or more captions. One caption for all samples is fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...errors import SodaTrainingError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image: a latent (1, C, H, W) as the VAE gave it, and its caption as ComfyUI encodes it."""
+
+    latent: torch.Tensor
+    caption: list  # [tensor (1, tokens, width), dict]
+
+
+def collect(latents: Sequence[dict], positive: Sequence[list]) -> list[Sample]:
+    """Pair every latent with its caption, in order. Wrong counts and numbers raise SodaTrainingError."""
+    images = [_normal(one[None]) for latent in latents for one in latent["samples"]]
+    captions = [caption for conditioning in positive for caption in conditioning]
+    if not images:
+        raise SodaTrainingError("There are no latents to train on: wire at least one encoded image.")
+    if not captions:
+        raise SodaTrainingError("There is no caption to train with: wire a conditioning, for instance CLIP Text Encode.")
+    if len(captions) not in (1, len(images)):
+        raise SodaTrainingError(
+            f"There are {len(images)} latents but {len(captions)} captions. "
+            "Give one caption for each image in the same order, or a single caption for all of them."
+        )
+    for index, image in enumerate(images):
+        if not torch.isfinite(image).all():
+            raise SodaTrainingError(f"Latent {index + 1} of {len(images)} holds NaN or infinite numbers. Encode it again.")
+    if len(captions) == 1:
+        captions *= len(images)
+    return [Sample(image, caption) for image, caption in zip(images, captions, strict=True)]
+
+
+def encode(images: Sequence[torch.Tensor] | None, vae) -> list[dict]:
+    """Latent dicts of a list of images, each (B, H, W, 3 or 4) in 0 to 1."""
+    if not images or vae is None:
+        raise SodaTrainingError("There is nothing to train on: wire latents, or images together with a VAE.")
+    return [{"samples": vae.encode(image[:, :, :, :3])} for image in images]
+
+
+def buckets(samples: Sequence[Sample]) -> list[list[int]]:
+    """Indices of samples of one latent shape, for every shape, in the order of first appearance."""
+    by_shape: dict[tuple, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_shape.setdefault(tuple(sample.latent.shape), []).append(index)
+    return list(by_shape.values())
+
+
+def draw(groups: Sequence[Sequence[int]], batch_size: int, generator: torch.Generator) -> list[int]:
+    """A batch of indices out of one bucket, chosen with a chance proportional to its size.
+
+    No sample comes twice before all of the bucket came once, so batches may be larger than the bucket.
+    """
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    group = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+    order: list[int] = []
+    while len(order) < batch_size:
+        order += torch.randperm(len(group), generator=generator).tolist()
+    return [group[index] for index in order[:batch_size]]
+
+
+def _normal(tensor: torch.Tensor) -> torch.Tensor:
+    """ComfyUI computes under inference mode; such tensors cannot take part in training, a copy can."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,0 +1,77 @@
+"""Adapted weights inside a loaded ComfyUI model for the length of a training run, and none after it.
+
+The model's parameters are never written: each target module gets a weight function that returns the adapted weight
+of this step. ComfyUI calls inject and eject around its own loading and unloading, so both stay possible meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import PatcherInjection
+
+from .base import unpatched
+
+KEY = "soda_training"
+
+
+class Injection:
+    """Context manager around training on `patcher`; `weights` (layer name -> tensor) is what the model computes with.
+
+    A weight that carries patches of others (a LoRA) keeps what they add: W = adapted + (patched - W0).
+    """
+
+    def __init__(self, patcher: ModelPatcher, targets: Mapping[str, str]):
+        self.patcher = patcher
+        self.targets = targets
+        self.weights: Mapping[str, torch.Tensor] = {}
+        self._bases = {layer: unpatched(patcher, key) for layer, key in targets.items() if key in patcher.patches}
+        self._undo: list = []
+
+    def __enter__(self) -> Injection:
+        self.patcher.set_injections(KEY, [PatcherInjection(inject=self._inject, eject=self._eject)])
+        self.patcher.inject_model()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.patcher.eject_model()
+        self.patcher.remove_injections(KEY)
+        self.weights = {}
+
+    def _inject(self, patcher: ModelPatcher) -> None:
+        for module in patcher.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_inference():
+                    self._undo.append((module._parameters, name, parameter))
+                    module._parameters[name] = _alias(parameter)
+        for layer in self.targets:
+            module = comfy.utils.get_attr(patcher.model, layer)
+            self._undo.append((module.__dict__, "weight_function", module.weight_function))
+            module.weight_function = [*module.weight_function, self._function(layer)]
+
+    def _eject(self, _: ModelPatcher) -> None:
+        for place, name, value in reversed(self._undo):
+            place[name] = value
+        self._undo.clear()
+
+    def _function(self, layer: str):
+        base = self._bases.get(layer)
+
+        def adapted(weight: torch.Tensor) -> torch.Tensor:
+            new = self.weights[layer]
+            if base is not None:
+                new = new + (weight.float() - base.to(device=weight.device, dtype=torch.float32))
+            return new.to(weight.dtype)
+
+        return adapted
+
+
+def _alias(parameter: torch.Tensor) -> torch.nn.Parameter:
+    """The same memory as a normal tensor: a parameter loaded under inference mode cannot be saved for backward."""
+    with torch.inference_mode(False):
+        tensor = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        tensor.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
+        return torch.nn.Parameter(tensor, requires_grad=False)

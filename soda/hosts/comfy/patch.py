@@ -1,0 +1,144 @@
+"""Adapters onto a ComfyUI model, through ModelPatcher patches alone.
+
+All SODA adapters on one MODEL are remembered on it (an attachment) and fold into one mix that stands first in each
+weight's patch list: W = (W0 + sum D) R^T + sum LoRA. So the order of SODA nodes, and of SODA and LoRA nodes, does
+not matter, and unpatching, low VRAM and dynamic VRAM come from core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import WeightAdapterBase
+
+from ...adapt import adapt
+from ...adapter import Adapter, Layer
+from ...decomposition import Basis
+from ...mixing import mix
+from .base import bases, split_name
+from .fit import Report, check_spectrum, matching, refuse, shapes
+
+ATTACHMENT = "soda"
+Parts = Sequence[tuple[Adapter, float]]
+
+
+class SodaWeightAdapter(WeightAdapterBase):
+    """The adaptation of one weight as core patches carry it.
+
+    `weights` holds one tuple per term: (decomposition, delta, logs, left, right, spectrum, live). Core copies such
+    tuples tensor by tensor to a device and rebuilds the object as type(a)(loaded_keys, weights), so nothing may
+    live in other attributes. The weight it gets is W0, since SODA patches stand first.
+    """
+
+    name = "soda"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    @classmethod
+    def of(cls, layer: str, terms: Sequence[Layer], basis: dict) -> SodaWeightAdapter:
+        """Terms of one layer with the bases that their spectra need, by (layer, decomposition)."""
+        packed = []
+        for term in terms:
+            b = basis.get((layer, term.decomposition))
+            vectors = (None, None, None, None) if b is None else (b.left, b.right, b.spectrum, b.live)
+            packed.append((term.decomposition, term.delta, tuple(term.logs), *vectors))
+        return cls({layer}, tuple(packed))
+
+    def calculate_weight(
+        self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):  # fmt: skip
+        """Write the adapted weight into `weight`, (out, in), any dtype, and return it; fp32 arithmetic."""
+
+        def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(weight.device)
+
+        layers, basis = [], {}
+        for decomposition, delta, logs, left, right, spectrum, live in self.weights:
+            layer = Layer(decomposition, here(delta), tuple(here(log) for log in logs))
+            layers.append(layer if strength == 1.0 else layer.scaled(strength))
+            if spectrum is not None:
+                basis[decomposition] = Basis(decomposition, here(left), here(right), here(spectrum), here(live))
+        # With an offset core drops the returned tensor and keeps its own, hence in place.
+        return weight.copy_(adapt(weight.float(), layers, basis))
+
+
+def attached(patcher: ModelPatcher) -> Parts:
+    """The SODA adapters and weights on a model."""
+    return patcher.get_attachment(ATTACHMENT) or ()
+
+
+def apply(model: ModelPatcher, parts: Parts, clip=None):
+    """(model, clip, Report) with `parts` added to what SODA put there before; the inputs stay as they are.
+
+    Weight 0 adds nothing, so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the
+    CLIP by its name. An adapter of which no layer fits either raises SodaMixError.
+    """
+    targets = [model] if clip is None else [model, clip.patcher]
+    known = [shapes(patcher) for patcher in targets]
+    report = Report()
+    for adapter, _ in parts:
+        fits, reasons = [], {}
+        for patcher_shapes in known:
+            fitting, why = matching(adapter, patcher_shapes)
+            fits.append(fitting)
+            reasons = {n: r for n, r in why.items() if n not in fitting and (not reasons or n in reasons)}
+        if not any(fits):
+            raise refuse(adapter, reasons, type(model.model).__name__)
+        report.unmatched += reasons
+    new_model = _fold(model, parts, known[0], report)
+    if clip is None:
+        return new_model, None, report
+    new_clip = clip.clone()
+    new_clip.patcher = _fold(clip.patcher, parts, known[1], report)
+    return new_model, new_clip, report
+
+
+def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> ModelPatcher:
+    """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones."""
+    before = attached(patcher)
+    together = [(adapter, weight) for adapter, weight in (*before, *parts) if weight != 0.0]
+    clone = patcher.clone()
+    if len(together) == len(before):
+        report.changed += sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
+        return clone
+    clone.set_attachments(ATTACHMENT, tuple(together))
+    fitting = [(adapter, matching(adapter, known)[0], weight) for adapter, weight in together]
+    basis = bases(
+        patcher,
+        ((name, t.decomposition) for _, layers, _ in fitting for name, ts in layers.items() for t in ts if
+         t.delta is not None),
+    )  # fmt: skip
+    checked = [
+        (Adapter(check_spectrum(adapter, layers, basis, known, report), adapter.metadata, adapter.name), weight)
+        for adapter, layers, weight in fitting
+        if layers
+    ]
+    mixed = mix(checked).layers if checked else {}
+    patches = {}
+    for name, terms in mixed.items():
+        key, rows = split_name(name)
+        target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
+        patches[target] = SodaWeightAdapter.of(name, terms, basis)
+    _replace(clone, patches)
+    report.changed += len(patches)
+    return clone
+
+
+def _is_soda(entry: tuple) -> bool:
+    return isinstance(entry[1], SodaWeightAdapter)
+
+
+def _replace(clone: ModelPatcher, patches: dict) -> None:
+    """Take the old SODA patches off and put the new ones before all others."""
+    for key in list(clone.patches):
+        clone.patches[key] = [entry for entry in clone.patches[key] if not _is_soda(entry)]
+        if not clone.patches[key]:
+            del clone.patches[key]
+    clone.add_patches(patches)
+    for key, entries in clone.patches.items():
+        clone.patches[key] = sorted(entries, key=lambda entry: not _is_soda(entry))  # stable: others keep their order

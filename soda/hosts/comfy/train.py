@@ -1,0 +1,129 @@
+"""Training a SODA adapter on a ComfyUI model that is in memory, without a second copy of it.
+
+The model is used as it is loaded; its weights are read, never written, and everything is put back when training
+ends, fails or is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...adapter import Adapter, Decomposition
+from ...errors import SodaTrainingError
+from ...training.loop import TrainingSettings
+from ...training.loop import train as run_loop
+from ...training.parameters import SodaParameters
+from .base import unpatched
+from .dataset import Sample
+from .describe import training_metadata
+from .diffusion import DiffusionLoss
+from .inject import Injection
+from .patch import attached
+from .preview import SamplePrompt, sample
+from .progress import TrainingProgress
+from .targets import attention_weights
+
+log = logging.getLogger(__name__)
+QUARTERS = 4
+
+
+def train_adapter(
+    model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
+    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
+) -> tuple[Adapter, list[float]]:  # fmt: skip
+    """(adapter, loss of every step). The same inputs and seed give the same tensors on a CPU.
+
+    LoRA patches on the model stay active while it trains. SODA patches are refused: two SODA adapters act through one
+    mix, in which the new one would not do what it was trained to do.
+    """
+    if attached(model):
+        raise SodaTrainingError(
+            "The model already carries a SODA adapter. Wire the model that comes before SODA Loader or SODA Mix "
+            "into SODA Train, and combine the two adapters afterwards with SODA Mix."
+        )
+    targets = attention_weights(model)
+    patcher = _trainable_clone(model)
+    comfy.model_management.load_models_gpu([patcher], _memory(patcher, samples, settings), force_full_load=True)
+    # Nodes run under inference mode, whose tensors know no gradients.
+    with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
+        weights = {layer: unpatched(patcher, key).to(torch.float32) for layer, key in targets.items()}
+        weights = {layer: w.clone() if w.is_inference() else w for layer, w in weights.items()}
+        parameters = SodaParameters(weights, decomposition, factors).to(patcher.load_device)
+        loss = DiffusionLoss(patcher, samples, settings.batch_size, settings.seed)
+        with Injection(patcher, targets) as injection:
+
+            def loss_fn(adapted: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                injection.weights = adapted
+                return loss(step)
+
+            def on_step(step: int, value: float) -> None:
+                progress.step(step, value)
+                if prompt is not None and _quarter_done(step, settings.steps):
+                    with torch.no_grad():
+                        injection.weights = parameters()
+                    _show_sample(patcher, prompt, samples, step, progress)
+
+            losses = run_loop(parameters, loss_fn, settings, on_step)
+        layers = parameters.layers()
+    metadata = training_metadata(model, samples, settings, decomposition, factors, role, weights, layers)
+    return Adapter(layers, metadata, "trained adapter"), losses
+
+
+def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
+    """A clone to load for training, on the same weights.
+
+    A model with dynamic VRAM casts weights into buffers that the next layer reuses, which a backward pass cannot
+    bear; as a plain ModelPatcher the same weights are loaded whole.
+    """
+    if model.is_dynamic():
+        return model.clone(disable_dynamic=True, model_override=model.get_clone_model_override())
+    return model.clone()
+
+
+def _memory(patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings) -> float:
+    """Bytes to keep free for activations: a backward pass holds about four times what sampling needs."""
+    shape = max((s.latent.shape for s in samples), key=lambda shape: shape.numel())
+    return 4 * patcher.memory_required([settings.batch_size, *shape[1:]])
+
+
+@contextlib.contextmanager
+def _training_state(patcher: ModelPatcher) -> Iterator[None]:
+    """ComfyUI told that a model trains; its flags and the patcher's run state put back at the end."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    patcher.pre_run()
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+        patcher.cleanup()
+        if patcher.parent is not None and patcher.parent.is_dynamic():
+            comfy.model_management.unload_model_and_clones(patcher)
+
+
+def _quarter_done(step: int, steps: int) -> bool:
+    return (step + 1) * QUARTERS // steps > step * QUARTERS // steps
+
+
+def _show_sample(
+    patcher: ModelPatcher, prompt: SamplePrompt, samples: Sequence[Sample], step: int, progress: TrainingProgress
+) -> None:
+    """A sample on the node. It is a courtesy: a failure is told there and does not end the training."""
+    started = time.monotonic()
+    try:
+        progress.preview(step, sample(patcher, prompt, tuple(samples[0].latent.shape)))
+    except Exception as error:
+        log.exception("The sample after step %d failed", step + 1)
+        progress.note(f"The sample after step {step + 1} failed: {error}")
+    finally:
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        patcher.pre_run()
+        progress.pause(time.monotonic() - started)

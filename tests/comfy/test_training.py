@@ -1,0 +1,207 @@
+"""SODA Train on a real model: it learns, repeats, restores, and refuses what it cannot use."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import pytest
+import torch
+from small_models import adapter, conditioning, latents, load, lora, same, small_model, weights
+from soda_pack.soda.errors import SodaTrainingError
+from soda_pack.soda.hosts.comfy import dataset
+from soda_pack.soda.hosts.comfy.diffusion import DiffusionLoss
+from soda_pack.soda.hosts.comfy.patch import apply
+from soda_pack.soda.hosts.comfy.progress import TrainingProgress
+from soda_pack.soda.hosts.comfy.targets import attention_weights
+from soda_pack.soda.hosts.comfy.train import train_adapter
+from soda_pack.soda.training.loop import TrainingSettings
+
+
+class Watcher(TrainingProgress):
+    """Progress without a server; `at` is called in every step."""
+
+    def __init__(self, steps, at=lambda step: None):
+        super().__init__(steps, None)
+        self.at = at
+        self.previews = []
+
+    def step(self, step, loss):
+        super().step(step, loss)
+        self.at(step)
+
+    def preview(self, step, image):
+        self.previews.append((step, image))
+
+
+def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, progress=None, rate=0.01, batch=2,
+        prompt=None):  # fmt: skip
+    samples = samples or dataset.collect([latents(3)], [conditioning()])
+    settings = TrainingSettings(steps=steps, learning_rate=rate, batch_size=batch, seed=seed)
+    with torch.inference_mode():
+        return train_adapter(
+            model, samples, settings, decomposition, factors, "subject", progress or Watcher(steps), prompt
+        )
+
+
+def untouched(model, before):
+    """The model is as it was: weights, functions on modules, injections, ComfyUI's training flag."""
+    load(model)
+    assert same(before, weights(model))
+    functions = [getattr(m, "weight_function", []) for m in model.model.modules()]
+    assert not any(functions)
+    assert not model.injections and not comfy.model_management.in_training
+    assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
+    return True
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd", "qr", "none"])
+def test_it_learns_and_restores(decomposition):
+    model = small_model()
+    before = weights(model)
+    one, losses = run(model, steps=30, decomposition=decomposition, batch=4, rate=0.03)
+    assert len(losses) == 30 and all(loss == loss for loss in losses)
+    assert sum(losses[-8:]) < 0.97 * sum(losses[:8])
+    assert set(one.layers) == set(attention_weights(model))
+    assert one.role == "subject"
+    assert untouched(model, before)
+
+
+def test_what_was_trained_is_what_is_applied():
+    model = small_model()
+    samples = dataset.collect([latents(3)], [conditioning()])
+    one, losses = run(model, steps=40, samples=samples, rate=0.03, batch=4)
+    patched, _, report = apply(model, [(one, 1.0)])
+    assert report.warnings == [] and report.changed == len(one.layers)
+
+    def loss_of(patcher):
+        load(patcher)
+        with torch.inference_mode(False), torch.no_grad():
+            patcher.pre_run()
+            value = sum(float(DiffusionLoss(patcher, samples, 16, 77)(step)) for step in range(4)) / 4
+            patcher.cleanup()
+        return value
+
+    assert loss_of(patched) < 0.95 * loss_of(model)
+
+
+def test_same_seed_same_tensors():
+    first, losses = run(small_model())
+    second, again = run(small_model())
+    other, _ = run(small_model(), seed=1)
+    assert losses == again and first.content_hash == second.content_hash != other.content_hash
+
+
+@pytest.mark.parametrize("v_prediction", [False, True])
+def test_loss_is_that_of_the_models_own_prediction(v_prediction):
+    """Against the formula written out: mean (output - target)^2 with target noise or velocity."""
+    model = small_model(v_prediction=v_prediction)
+    samples = dataset.collect([latents(1)], [conditioning()])
+    seen = {}
+    load(model)
+    with torch.inference_mode(False), torch.no_grad():
+        model.pre_run()
+        loss = DiffusionLoss(model, samples, 1, 5)
+        network = model.model.diffusion_model.forward
+
+        def spy(x, t, **kwargs):
+            seen["x"], seen["out"] = x, network(x, t, **kwargs)
+            return seen["out"]
+
+        model.model.diffusion_model.forward = spy
+        try:
+            value = float(loss(3))
+        finally:
+            del model.model.diffusion_model.forward
+            model.cleanup()
+        sigma = loss._sigmas(1, _generator_after_noise(loss, 3))
+        x0 = loss.latents[0]
+        noise = (seen["x"] * (sigma**2 + 1).sqrt() - x0) / sigma
+        alpha = 1 / (sigma**2 + 1).sqrt()
+        target = alpha * noise - sigma * alpha * x0 if v_prediction else noise
+        assert value == pytest.approx(float((seen["out"] - target).square().mean()), rel=2e-3)
+
+
+def _generator_after_noise(loss, step):
+    """The step's generator, advanced to where noise levels are drawn."""
+    generator = torch.Generator().manual_seed(loss.seed * 1_000_003 + step)
+    batch = dataset.draw(loss.groups, loss.batch_size, generator)
+    torch.randn(torch.cat([loss.latents[i] for i in batch]).shape, generator=generator)
+    return generator
+
+
+def test_sizes_and_caption_lengths_may_differ():
+    model = small_model()
+    lists = [latents(2, 8), latents(1, 12), latents(1, 8, seed=8)]
+    captions = [conditioning(5, 7), conditioning(6, 14), conditioning(7, 7), conditioning(8, 11)]
+    samples = dataset.collect(lists, captions)
+    assert [tuple(s.latent.shape[2:]) for s in samples] == [(8, 8), (8, 8), (12, 12), (8, 8)]
+    assert dataset.buckets(samples) == [[0, 1, 3], [2]]
+    _, losses = run(model, steps=8, samples=samples, batch=4)
+    assert len(losses) == 8
+
+
+def test_a_lora_on_the_model_stays_active():
+    model = small_model()
+    before = weights(model)
+    patched = model.clone()
+    patched.add_patches(lora(model), 3.0)
+    one, losses = run(patched, steps=2)
+    _, plain = run(model, steps=2)
+    assert losses[0] != plain[0]
+    assert set(one.layers) == set(attention_weights(model))
+    assert untouched(model, before)
+
+
+def test_interrupt_and_errors_leave_the_model_as_it_was():
+    model = small_model()
+    before = weights(model)
+
+    def interrupt(step):
+        if step == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run(model, progress=Watcher(6, interrupt))
+    assert untouched(model, before)
+
+    def fail(step):
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        run(model, progress=Watcher(6, fail))
+    assert untouched(model, before)
+
+
+def test_a_loss_that_is_not_a_number_ends_with_a_remedy():
+    model = small_model()
+    before = weights(model)
+    broken = conditioning()
+    broken[0][0] = broken[0][0].clone().fill_(float("nan"))
+    with pytest.raises(SodaTrainingError, match="(?i)step 1.*learning rate"):
+        run(model, samples=dataset.collect([latents(1)], [broken]))
+    assert untouched(model, before)
+
+
+def test_wrong_data_is_named():
+    with pytest.raises(SodaTrainingError, match="no latents"):
+        dataset.collect([{"samples": torch.zeros(0, 4, 8, 8)}], [conditioning()])
+    with pytest.raises(SodaTrainingError, match="no caption"):
+        dataset.collect([latents(2)], [[]])
+    with pytest.raises(SodaTrainingError, match="5 latents but 2 captions"):
+        dataset.collect([latents(5)], [conditioning(), conditioning()])
+    with pytest.raises(SodaTrainingError, match="Latent 1 of 1 holds NaN"):
+        dataset.collect([{"samples": torch.full((1, 4, 8, 8), float("nan"))}], [conditioning()])
+    with pytest.raises(SodaTrainingError, match="wire latents, or images"):
+        dataset.encode(None, None)
+
+
+def test_a_model_with_a_soda_adapter_is_refused():
+    model = small_model()
+    patched, _, _ = apply(model, [(adapter(model), 1.0)])
+    with pytest.raises(SodaTrainingError, match="already carries a SODA adapter"):
+        run(patched)
+
+
+def test_batches_use_every_sample_before_any_twice():
+    generator = torch.Generator().manual_seed(0)
+    batch = dataset.draw([[4, 5, 6]], 7, generator)
+    assert len(batch) == 7 and sorted(batch[:3]) == [4, 5, 6] and sorted(batch[3:6]) == [4, 5, 6]
