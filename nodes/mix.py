@@ -8,12 +8,14 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..soda.adapter import Adapter
+from ..soda.errors import SodaMixError
 from ..soda.file import load
 from ..soda.hosts.comfy import folders, patch, status
 from ..soda.mixing import mix
 from .sockets import CATEGORY, ROLES, SODA_ADAPTER, strength_input
 
 ROWS = 8
+SOCKETS = "adapters"
 
 
 def row_id(number: int) -> str:
@@ -22,59 +24,58 @@ def row_id(number: int) -> str:
 
 
 def row_input(number: int) -> io.DynamicCombo.Input:
-    """A row: none, or a file, or a wired adapter, each with weight, role and the next row.
+    """A row: none, or a file, or an adapter wired to a socket, each with weight, role and the next row.
 
-    Rows are chained rather than counted: adding one keeps the values of those before it in both frontends.
+    Rows are chained rather than counted: adding one keeps the values of those before it in both frontends. Sockets
+    stand outside the rows, since a socket inside a chain loses its link when a workflow is reloaded.
     """
-
-    def filled(source: io.Input) -> list[io.Input]:
-        inputs = [
-            source,
-            strength_input("weight", "How much of this adapter: 0 none, 1 as trained, negative turns the other way."),
-            io.Combo.Input(
-                "role",
-                options=["auto", *ROLES],
-                default="auto",
-                tooltip="What the adapter is for; auto takes what its file says. Recorded in the mix.",
-            ),
-        ]
-        return inputs if number == ROWS else [*inputs, row_input(number + 1)]
-
+    common: list[io.Input] = [
+        strength_input("weight", "How much of this adapter: 0 none, 1 as trained, negative turns the other way."),
+        io.Combo.Input(
+            "role",
+            options=["auto", *ROLES],
+            default="auto",
+            tooltip="What the adapter is for; auto takes what its file says. Recorded in the mix.",
+        ),
+    ]
+    if number < ROWS:
+        common.append(row_input(number + 1))
+    name = io.Combo.Input("adapter_name", options=folders.adapter_names(), tooltip="An adapter file to mix.")
     return io.DynamicCombo.Input(
         row_id(number),
         options=[
             io.DynamicCombo.Option("none", []),
-            io.DynamicCombo.Option(
-                "file",
-                filled(
-                    io.Combo.Input("adapter_name", options=folders.adapter_names(), tooltip="An adapter file to mix.")
-                ),
-            ),
-            io.DynamicCombo.Option(
-                "wired",
-                filled(SODA_ADAPTER.Input("adapter", tooltip="An adapter from SODA Train, Save, Loader or Mix.")),
-            ),
+            io.DynamicCombo.Option("file", [name, *common]),
+            io.DynamicCombo.Option("wired", common),
         ],
-        tooltip=f"Where adapter {number} comes from; none ends the list.",
+        tooltip=f"Adapter {number}: from a file, or wired: the first wired row weighs the first connected socket, "
+        "the second the second. none ends the list.",
     )
 
 
-def filled_rows(row: dict) -> Iterator[dict]:
-    """The values of every row before the first none, as ComfyUI nests them."""
+def filled_rows(row: dict) -> Iterator[tuple[str, dict]]:
+    """(file or wired, values) of every row before the first none, as ComfyUI nests them."""
     for number in range(1, ROWS + 1):
-        if row[row_id(number)] == "none":
+        kind = row[row_id(number)]
+        if kind == "none":
             return
-        yield row
+        yield kind, row
         if number < ROWS:
             row = row[row_id(number + 1)]
 
 
-def adapter_of(row: dict) -> Adapter:
-    """A row's adapter, with the role that the row gives it."""
-    adapter = load(folders.resolve(row["adapter_name"])) if "adapter_name" in row else row["adapter"]
-    if row["role"] == "auto":
-        return adapter
-    return replace(adapter, metadata={**adapter.metadata, "soda.role": row["role"]})
+def parts(row: dict, sockets: dict) -> list[tuple[Adapter, float]]:
+    """(adapter, weight) of all rows, then of connected sockets that no row weighs, with weight 1."""
+    wired = [sockets[name] for name in sorted(sockets, key=lambda name: int(name.removeprefix("adapter")))]
+    found = []
+    for kind, values in filled_rows(row):
+        if kind == "wired" and not wired:
+            raise SodaMixError("There are more wired rows than connected adapter sockets: connect one or remove a row.")
+        adapter = wired.pop(0) if kind == "wired" else load(folders.resolve(values["adapter_name"]))
+        if values["role"] != "auto":
+            adapter = replace(adapter, metadata={**adapter.metadata, "soda.role": values["role"]})
+        found.append((adapter, values["weight"]))
+    return found + [(adapter, 1.0) for adapter in wired]
 
 
 class SodaMix(io.ComfyNode):
@@ -89,6 +90,16 @@ class SodaMix(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model to adapt. It is not changed: the output is a patched copy."),
                 row_input(1),
+                io.Autogrow.Input(
+                    SOCKETS,
+                    template=io.Autogrow.TemplatePrefix(
+                        SODA_ADAPTER.Input("adapter", tooltip="An adapter from SODA Train, Save, Loader or Mix."),
+                        prefix="adapter",
+                        min=0,
+                        max=ROWS,
+                    ),
+                    tooltip="Adapters from other nodes. Without a wired row they count with weight 1.",
+                ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
@@ -105,13 +116,15 @@ class SodaMix(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, row: dict, **_) -> list[str]:
-        return [folders.fingerprint(filled["adapter_name"]) for filled in filled_rows(row) if "adapter_name" in filled]
+        return [folders.fingerprint(values["adapter_name"]) for kind, values in filled_rows(row) if kind == "file"]
 
     @classmethod
-    def execute(cls, model, row: dict, clip=None) -> io.NodeOutput:
-        parts = [(adapter_of(filled), filled["weight"]) for filled in filled_rows(row)]
-        new_model, new_clip, report = patch.apply(model, parts, clip)
-        mixed = mix(parts, "mix")
+    def execute(cls, model, row: dict, adapters: dict | None = None, clip=None) -> io.NodeOutput:
+        together = parts(row, adapters or {})
+        if not together:
+            raise SodaMixError("There is no adapter to mix: pick a file in the first row or wire an adapter.")
+        new_model, new_clip, report = patch.apply(model, together, clip)
+        mixed = mix(together, "mix")
         single, reason = mixed.is_single_form()
         if not single:
             report.warnings.append(f"This mix works but cannot be saved as one SODA file: {reason}")

@@ -47,4 +47,4 @@ class SodaSave(io.ComfyNode):
         path = folders.next_save_path(filename_prefix)
         save(saved_adapter(adapter, os.path.splitext(os.path.basename(path))[0], trigger_words, thumbnail), path)
         status.show(f"Saved {path}", cls.hidden.unique_id)
-        return io.NodeOutput(load(path), ui={"text": [path]})
+        return io.NodeOutput(load(path), ui={"text": [path], "soda_adapters": [path]})

@@ -1,17 +1,19 @@
-"""Where ComfyUI keeps SODA files: the model folder "soda" and the soda/ subfolder of every loras root.
-
-`output/loras` is itself a loras root, so `output/loras/soda`, where SODA Save writes, is always among them.
+"""Where SODA files are looked for: the model folder "soda", the soda/ subfolder of every loras root, output/loras/soda
+where SODA Save writes, and the adapters that the pack brings along for its playground.
 """
 
 from __future__ import annotations
 
 import os
 
+from pathlib import Path
+
 import folder_paths
 
 from ...errors import SodaFileError
 
 FOLDER = "soda"
+SHIPPED = Path(__file__).resolve().parents[3] / "playground" / "adapters"
 SAVE_SUBFOLDER = os.path.join("loras", "soda")
 
 
@@ -21,6 +23,7 @@ def register() -> None:
     for root in folder_paths.get_folder_paths("loras"):
         folder_paths.add_model_folder_path(FOLDER, os.path.join(root, FOLDER))
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.get_output_directory(), SAVE_SUBFOLDER))
+    folder_paths.add_model_folder_path(FOLDER, str(SHIPPED))
     folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
