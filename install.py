@@ -3,32 +3,25 @@
 ComfyUI Manager runs this file from the pack's folder after it has installed requirements.txt.
 """
 
-import os
 import sys
 from pathlib import Path
 
-
-def comfyui_folder() -> Path | None:
-    """The ComfyUI that this pack lies in (<ComfyUI>/custom_nodes/<pack>), also when the pack is a link."""
-    places = [Path(os.environ["COMFYUI_PATH"])] if os.environ.get("COMFYUI_PATH") else []
-    places += [Path(os.path.abspath(__file__)).parents[2], Path.cwd().parent.parent]
-    return next((place for place in places if (place / "models").is_dir() and (place / "main.py").is_file()), None)
+PACK = Path(__file__).absolute().parent
 
 
 def main() -> int:
-    comfyui = comfyui_folder()
-    if comfyui is None:
-        print("SODA: this folder does not lie in ComfyUI/custom_nodes, so there is no models folder to prepare yet.")
-        print("SODA: move it there and restart ComfyUI (or set COMFYUI_PATH and run install.py again).")
+    if PACK.parent.name != "custom_nodes":
+        print(f"SODA: {PACK} does not lie in a ComfyUI/custom_nodes folder, so there is nothing to prepare yet.")
+        print("SODA: put it there and restart ComfyUI; or try 'python run.py demo', which needs no ComfyUI.")
         return 0
-    folder = comfyui / "models" / "soda"
+    folder = PACK.parents[1] / "models" / "soda"
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"SODA: cannot make the adapter folder {folder}: {error.strerror}. Make it by hand.", file=sys.stderr)
+        print(f"SODA: cannot make the adapter folder {folder} ({error.strerror}): make it by hand.", file=sys.stderr)
         return 1
-    print(f"SODA: adapters go to {folder} (or to a 'soda' folder inside models/loras).")
-    print("SODA: restart ComfyUI, then open Workflow > Browse Templates > SODA for examples that need no download.")
+    print(f"SODA: adapters go to {folder}, or to a folder 'soda' inside models/loras.")
+    print("SODA: restart ComfyUI; Workflow > Browse Templates then offers examples that need no download.")
     return 0
 
 

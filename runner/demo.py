@@ -58,7 +58,9 @@ class Demo:
     def mix(self, subject: str, style: str, prompt_text: str) -> tuple[list[bytes], list[bytes]]:
         """-> pictures without any adapter, and with both mixed; same prompt, same seeds."""
         prompt = load_prompt(WORKFLOWS / f"{MIX}.json", self.object_info)
-        set_values(prompt, "SodaMix", row__adapter_name=subject, row__row__adapter_name=style)
+        inputs = prompt[node_ids(prompt, "SodaMix")[0]]["inputs"]
+        rows = [name for name in inputs if name.endswith(".adapter_name")]
+        inputs.update(zip(rows, (subject, style), strict=True))
         self._set_sampling(prompt, prompt_text)
         base, mixed = self._pictures(prompt, self._run("Sampling the base and the mix", prompt))
         return base, mixed

@@ -68,9 +68,8 @@ def node_ids(prompt: dict[str, dict], class_type: str) -> list[str]:
 def set_values(prompt: dict[str, dict], class_type: str, **values: object) -> None:
     """Sets inputs on every node of a class that has them; an input that none has is an error, not a new one."""
     for name, value in values.items():
-        key = name.replace("__", ".")
-        holders = [node for node in node_ids(prompt, class_type) if key in prompt[node]["inputs"]]
+        holders = [node for node in node_ids(prompt, class_type) if name in prompt[node]["inputs"]]
         if not holders:
-            raise KeyError(f"no {class_type} in the workflow has an input {key}")
+            raise KeyError(f"no {class_type} in the workflow has an input {name}")
         for node in holders:
-            prompt[node]["inputs"][key] = value
+            prompt[node]["inputs"][name] = value
