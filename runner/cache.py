@@ -46,7 +46,7 @@ def is_complete(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def making(folder: Path) -> Iterator[None]:
+def making(folder: Path, status: Status) -> Iterator[None]:
     """Fills `folder` from empty; the stamp is written only if the body succeeds, and a failure leaves nothing."""
     remove(folder)
     folder.mkdir(parents=True)
@@ -54,6 +54,7 @@ def making(folder: Path) -> Iterator[None]:
         yield
         (folder / STAMP).write_text("complete\n")
     except BaseException:
+        status.done(f"Removing the unfinished {folder}")
         remove(folder)
         raise
 

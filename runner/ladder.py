@@ -71,7 +71,7 @@ def provide_tools(environment: Environment, status: Status) -> Path:
         with cache.lock(folder, status):
             if not cache.is_complete(tools):
                 cache.require_space(folder, 0.5)
-                with cache.making(tools):
+                with cache.making(tools, status):
                     arguments = ["install", "--no-deps", "--target", str(tools), "-r", str(TOOLS)]
                     pip(environment.python, arguments, "Installing the test tools", tools.with_suffix(".log"), status)
     return tools

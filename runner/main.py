@@ -51,6 +51,12 @@ def end_on_signals() -> None:
             signal.signal(getattr(signal, name), stop)
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port; they go from 1 to 65535")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="run.py",
@@ -60,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train, save, load, mix and sample; ends with a contact sheet")
     demo.add_argument("--keep", action="store_true", help="leave the server up and open its page with the workflow")
-    demo.add_argument("--port", type=int, default=0, help="the server's port (default: a free one)")
+    demo.add_argument("--port", type=_port, default=0, help="the server's port (default: a free one)")
     test = commands.add_parser("test", help="run every test; other arguments go to pytest (-k, -x, a file ...)")
     test.add_argument("--no-browser", dest="browser", action="store_false", help="leave out the browser tests")
     return parser

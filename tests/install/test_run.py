@@ -23,10 +23,9 @@ def environment(**changes: str | None) -> dict[str, str]:
 
 
 def run(cwd: Path, *arguments: str, **changes: str | None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=cwd, env=environment(**changes), text=True,
-        capture_output=True, timeout=240,
-    )  # fmt: skip
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    variables = environment(TMPDIR=str(cwd), **changes)
+    return subprocess.run(command, cwd=cwd, env=variables, text=True, capture_output=True, timeout=240)
 
 
 def sentence(done: subprocess.CompletedProcess) -> str:
@@ -102,7 +101,7 @@ def demo(tmp_path):
     """A running demo whose server process has started."""
     command = [sys.executable, str(ROOT / "run.py"), "demo"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    started = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes)
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)), text=True, **pipes)
     assert wait_until(lambda: server_below(started.pid), 90)
     yield started
     started.kill()
