@@ -23,7 +23,7 @@ class SodaLoader(io.ComfyNode):
                 io.Combo.Input(
                     "adapter_name",
                     options=folders.adapter_names(),
-                    tooltip="A .safetensors file in models/soda, output/loras/soda or a soda subfolder of models/loras.",
+                    tooltip="A .safetensors file in models/soda, output/loras/soda or models/loras/soda.",
                 ),
                 strength_input(
                     "strength",
@@ -37,7 +37,7 @@ class SodaLoader(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the adapter."),
-                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the adapter; empty if none was wired."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the adapter, if one was wired."),
                 SODA_ADAPTER.Output(display_name="adapter", tooltip="The file's adapter, to mix or to save again."),
             ],
             hidden=[io.Hidden.unique_id],

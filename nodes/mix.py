@@ -15,7 +15,7 @@ from ..soda.mixing import mix
 from .sockets import CATEGORY, ROLES, SODA_ADAPTER, strength_input
 
 ROWS = 8
-SOCKETS = "adapters"
+WIRED = "(wired)"  # in place of a file name
 
 
 def row_id(number: int) -> str:
@@ -24,12 +24,19 @@ def row_id(number: int) -> str:
 
 
 def row_input(number: int) -> io.DynamicCombo.Input:
-    """A row: none, or a file, or an adapter wired to a socket, each with weight, role and the next row.
+    """A row: none, or a file or the next connected socket, with weight, role and the next row.
 
     Rows are chained rather than counted: adding one keeps the values of those before it in both frontends. Sockets
     stand outside the rows, since a socket inside a chain loses its link when a workflow is reloaded.
     """
-    common: list[io.Input] = [
+    inputs: list[io.Input] = [
+        io.Combo.Input(
+            "adapter_name",
+            options=[WIRED, *folders.adapter_names()],
+            default=WIRED,
+            tooltip="A file, or (wired) for the next connected adapter socket: the first (wired) row weighs the first "
+            "connected socket, the second the second.",
+        ),
         strength_input("weight", "How much of this adapter: 0 none, 1 as trained, negative turns the other way."),
         io.Combo.Input(
             "role",
@@ -39,27 +46,21 @@ def row_input(number: int) -> io.DynamicCombo.Input:
         ),
     ]
     if number < ROWS:
-        common.append(row_input(number + 1))
-    name = io.Combo.Input("adapter_name", options=folders.adapter_names(), tooltip="An adapter file to mix.")
+        inputs.append(row_input(number + 1))
+    # One option that nests, not one for files and one for sockets: the schema would double with every row.
     return io.DynamicCombo.Input(
         row_id(number),
-        options=[
-            io.DynamicCombo.Option("none", []),
-            io.DynamicCombo.Option("file", [name, *common]),
-            io.DynamicCombo.Option("wired", common),
-        ],
-        tooltip=f"Adapter {number}: from a file, or wired: the first wired row weighs the first connected socket, "
-        "the second the second. none ends the list.",
+        options=[io.DynamicCombo.Option("none", []), io.DynamicCombo.Option("adapter", inputs)],
+        tooltip=f"Adapter {number} of the mix; none ends the list.",
     )
 
 
-def filled_rows(row: dict) -> Iterator[tuple[str, dict]]:
-    """(file or wired, values) of every row before the first none, as ComfyUI nests them."""
+def filled_rows(row: dict) -> Iterator[dict]:
+    """The values of every row before the first none, as ComfyUI nests them."""
     for number in range(1, ROWS + 1):
-        kind = row[row_id(number)]
-        if kind == "none":
+        if row[row_id(number)] == "none":
             return
-        yield kind, row
+        yield row
         if number < ROWS:
             row = row[row_id(number + 1)]
 
@@ -68,10 +69,13 @@ def parts(row: dict, sockets: dict) -> list[tuple[Adapter, float]]:
     """(adapter, weight) of all rows, then of connected sockets that no row weighs, with weight 1."""
     wired = [sockets[name] for name in sorted(sockets, key=lambda name: int(name.removeprefix("adapter")))]
     found = []
-    for kind, values in filled_rows(row):
-        if kind == "wired" and not wired:
-            raise SodaMixError("There are more wired rows than connected adapter sockets: connect one or remove a row.")
-        adapter = wired.pop(0) if kind == "wired" else load(folders.resolve(values["adapter_name"]))
+    for values in filled_rows(row):
+        if values["adapter_name"] != WIRED:
+            adapter = load(folders.resolve(values["adapter_name"]))
+        elif wired:
+            adapter = wired.pop(0)
+        else:
+            raise SodaMixError(f"There are more {WIRED} rows than connected adapter sockets: wire one or remove a row.")
         if values["role"] != "auto":
             adapter = replace(adapter, metadata={**adapter.metadata, "soda.role": values["role"]})
         found.append((adapter, values["weight"]))
@@ -91,14 +95,14 @@ class SodaMix(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to adapt. It is not changed: the output is a patched copy."),
                 row_input(1),
                 io.Autogrow.Input(
-                    SOCKETS,
+                    "adapters",
                     template=io.Autogrow.TemplatePrefix(
                         SODA_ADAPTER.Input("adapter", tooltip="An adapter from SODA Train, Save, Loader or Mix."),
                         prefix="adapter",
                         min=0,
                         max=ROWS,
                     ),
-                    tooltip="Adapters from other nodes. Without a wired row they count with weight 1.",
+                    tooltip="Adapters from other nodes. Without a (wired) row they count with weight 1.",
                 ),
                 io.Clip.Input(
                     "clip",
@@ -108,15 +112,16 @@ class SodaMix(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the mix."),
-                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the mix; empty if none was wired."),
-                SODA_ADAPTER.Output(display_name="adapter", tooltip="The mix as one adapter, to save or to mix further."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the mix, if one was wired."),
+                SODA_ADAPTER.Output(display_name="adapter", tooltip="The mix as one adapter, to save or mix further."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, row: dict, **_) -> list[str]:
-        return [folders.fingerprint(values["adapter_name"]) for kind, values in filled_rows(row) if kind == "file"]
+        names = [values["adapter_name"] for values in filled_rows(row)]
+        return [name if name == WIRED else folders.fingerprint(name) for name in names]
 
     @classmethod
     def execute(cls, model, row: dict, adapters: dict | None = None, clip=None) -> io.NodeOutput:

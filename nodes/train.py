@@ -68,7 +68,7 @@ class SodaTrain(io.ComfyNode):
                 io.Combo.Input("role", options=ROLES, default="subject", tooltip="What it learns; kept in the file."),
                 io.Clip.Input("clip", optional=True, tooltip="With vae and sample_prompt: for samples on the way."),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes images; also decodes samples on the way."),
-                io.Image.Input("images", optional=True, tooltip="Images to encode with the vae when no latents are wired."),
+                io.Image.Input("images", optional=True, tooltip="Images to encode with the vae when no latents come."),
                 io.String.Input(
                     "sample_prompt",
                     default="",

@@ -18,7 +18,7 @@ CONTEXT = 48
 
 
 def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtype=torch.float32):
-    """A ModelPatcher around an SD1-like UNet with two levels; its weights are inference tensors, as loaders make them."""
+    """A ModelPatcher around an SD1-like UNet with two levels; its weights are inference tensors, as from loaders."""
     config = comfy.supported_models.SD15(
         {
             "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": width, "num_res_blocks": [1, 1],

@@ -168,9 +168,12 @@ def test_an_adapter_of_another_architecture_is_refused():
     model = small_model()
     base = weights(model)
     wide = adapter(small_model(width=64), name="wide")
-    with pytest.raises(SodaMixError, match=r"'wide'.*does not fit.*width 64.*\(32, 32\)"):
+    with pytest.raises(SodaMixError, match=r"'wide' does not fit.* of its 56 layers.*width 64.*\(32, 32\)"):
         apply(model, [(wide, 1.0)])
     assert same(base, weights(model)) and not model.patches
+    elsewhere = Adapter({f"transformer.{name}": terms for name, terms in wide.layers.items()}, {}, "elsewhere")
+    with pytest.raises(SodaMixError, match="'elsewhere' does not fit.*none of its 56 layers"):
+        apply(model, [(elsewhere, 1.0)])
 
 
 def test_keys_that_do_not_match_are_reported():

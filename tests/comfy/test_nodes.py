@@ -14,7 +14,7 @@ from safetensors import safe_open
 from small_models import adapter, conditioning, latents, load, same, small_model, weights
 from soda_pack import comfy_entrypoint
 from soda_pack.nodes.loader import SodaLoader
-from soda_pack.nodes.mix import SodaMix
+from soda_pack.nodes.mix import WIRED, SodaMix
 from soda_pack.nodes.save import SodaSave
 from soda_pack.nodes.train import SodaTrain
 from soda_pack.soda.errors import SodaError, SodaFileError, SodaMixError, SodaTrainingError
@@ -31,12 +31,11 @@ def run(node, **inputs):
 
 
 def rows(*entries):
-    """The nested value of SODA Mix's rows: (kind, values) each, then none."""
+    """The nested value of SODA Mix's rows: the values of each filled row, then none."""
     ids = ["row", *(f"row{number}" for number in range(2, 9))]
     value = {ids[len(entries)]: "none"}
     for index in range(len(entries) - 1, -1, -1):
-        kind, values = entries[index]
-        value = {ids[index]: kind, ids[index + 1]: value, "role": "auto", **values}
+        value = {ids[index]: "adapter", ids[index + 1]: value, "role": "auto", **entries[index]}
     return value
 
 
@@ -109,7 +108,7 @@ def test_a_replaced_file_changes_the_fingerprint(output):
     path = folder_paths.get_full_path("soda", name)
     os.utime(path, ns=(1, 1))
     assert before != SodaLoader.fingerprint_inputs(adapter_name=name, strength=1.0)
-    mixed = rows(("file", {"adapter_name": name, "weight": 1.0}))
+    mixed = rows({"adapter_name": name, "weight": 1.0})
     assert SodaMix.fingerprint_inputs(row=mixed) == [SodaLoader.fingerprint_inputs(adapter_name=name)]
 
 
@@ -118,8 +117,8 @@ def test_mix_takes_files_and_wires(output):
     a, b = adapter(model, 1, name="a"), adapter(model, 2, name="b")
     run(SodaSave, adapter=a, filename_prefix="a", trigger_words="", thumbnail=None)
     chain = rows(
-        ("wired", {"weight": 0.5}),
-        ("file", {"adapter_name": "a_00001_.safetensors", "weight": 0.75, "role": "subject"}),
+        {"adapter_name": WIRED, "weight": 0.5},
+        {"adapter_name": "a_00001_.safetensors", "weight": 0.75, "role": "subject"},
     )
     patched, clip, mixed = run(SodaMix, model=model, row=chain, adapters={"adapter3": b}).args
     assert clip is None and mixed.content_hash == mix([(b, 0.5), (a, 0.75)]).content_hash
@@ -132,20 +131,21 @@ def test_mix_takes_files_and_wires(output):
     assert unweighed[2].content_hash == b.content_hash
     with pytest.raises(SodaMixError, match="no adapter"):
         run(SodaMix, model=model, row=rows())
-    with pytest.raises(SodaMixError, match="more wired rows"):
+    with pytest.raises(SodaMixError, match="more .wired. rows"):
         run(SodaMix, model=model, row=chain, adapters={})
 
 
 def test_mix_rows_expand_as_the_server_expands_them():
     live = {
-        "row": "wired", "row.weight": 1.0, "row.role": "auto", "adapters.adapter0": ["1", 0],
-        "row.row2": "file", "row.row2.adapter_name": "x", "row.row2.weight": 2.0, "row.row2.role": "style",
+        "row": "adapter", "row.adapter_name": WIRED, "row.weight": 1.0, "row.role": "auto", "adapters.adapter0": 7,
+        "row.row2": "adapter", "row.row2.adapter_name": "x", "row.row2.weight": 2.0, "row.row2.role": "style",
         "row.row2.row3": "none",
     }  # fmt: skip
     _, _, v3 = get_finalized_class_inputs(SodaMix.INPUT_TYPES(), live)
     nested = build_nested_inputs(live, v3)
     row = nested["row"]
-    assert row["row"] == "wired" and row["row2"]["row2"] == "file" and row["row2"]["weight"] == 2.0
+    assert nested["adapters"] == {"adapter0": 7}
+    assert row["row"] == row["row2"]["row2"] == "adapter" and row["row2"]["weight"] == 2.0
     assert row["row2"]["row3"]["row3"] == "none"
 
 

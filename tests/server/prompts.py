@@ -70,7 +70,7 @@ class Playground:
         inputs, prefix = {}, ""
         for number, (name, weight) in enumerate(parts, 1):
             row = f"{prefix}row{number if number > 1 else ''}"
-            inputs |= {row: "file", f"{row}.adapter_name": name, f"{row}.weight": weight, f"{row}.role": "auto"}
+            inputs |= {row: "adapter", f"{row}.adapter_name": name, f"{row}.weight": weight, f"{row}.role": "auto"}
             prefix = f"{row}."
         inputs[f"{prefix}row{len(parts) + 1}"] = "none"
         return self.prompt.add("SodaMix", model=model or self.model, **inputs)

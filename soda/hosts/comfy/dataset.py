@@ -29,7 +29,7 @@ def collect(latents: Sequence[dict], positive: Sequence[list]) -> list[Sample]:
     if not images:
         raise SodaTrainingError("There are no latents to train on: wire at least one encoded image.")
     if not captions:
-        raise SodaTrainingError("There is no caption to train with: wire a conditioning, for instance CLIP Text Encode.")
+        raise SodaTrainingError("There is no caption to train with: wire a conditioning, as from CLIP Text Encode.")
     if len(captions) not in (1, len(images)):
         raise SodaTrainingError(
             f"There are {len(images)} latents but {len(captions)} captions. "
@@ -37,7 +37,7 @@ def collect(latents: Sequence[dict], positive: Sequence[list]) -> list[Sample]:
         )
     for index, image in enumerate(images):
         if not torch.isfinite(image).all():
-            raise SodaTrainingError(f"Latent {index + 1} of {len(images)} holds NaN or infinite numbers. Encode it again.")
+            raise SodaTrainingError(f"Latent {index + 1} of {len(images)} holds NaN or infinity. Encode it again.")
     if len(captions) == 1:
         captions *= len(images)
     return [Sample(image, caption) for image, caption in zip(images, captions, strict=True)]

@@ -40,18 +40,16 @@ class Report:
         return "\n".join(lines + self.warnings)
 
 
-def misfit(terms: Sequence[Layer], shape: Sequence[int] | None) -> str | None:
-    """Why these terms cannot change a weight of this shape, (out, in); None if they can, shape None if it is absent."""
-    if shape is None:
-        return "the model has no such layer"
+def misfit(terms: Sequence[Layer], shape: Sequence[int]) -> str | None:
+    """Why these terms cannot change a weight of this shape, (out, in); None if they can."""
     if len(shape) != 2:
         return f"the model's weight has {len(shape)} dimensions {tuple(shape)}, expected 2"
     for term in terms:
         width = shape[0] if term.side == "output" else shape[1]
         if term.dimension != width:
-            return f"the adapter turns {term.side}s of width {term.dimension}, the model has {tuple(shape)}"
+            return f"the adapter turns {term.side}s of width {term.dimension}, the model's weight is {tuple(shape)}"
         if term.delta is not None and term.delta.numel() != min(shape):
-            return f"the adapter's spectrum has {term.delta.numel()} numbers, the model's weight {tuple(shape)}"
+            return f"the adapter's spectrum has {term.delta.numel()} numbers, the model's weight is {tuple(shape)}"
     return None
 
 
@@ -60,32 +58,50 @@ def shapes(patcher: ModelPatcher) -> dict[str, tuple[int, ...]]:
     return {key: tuple(weight.shape) for key, weight in patcher.model_state_dict().items()}
 
 
-def matching(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[Layer, ...]], dict]:
-    """(the layers that fit a model of these shapes, layer -> reason for those that do not)."""
-    fitting, reasons = {}, {}
+@dataclass
+class Matching:
+    """Layers of an adapter sorted by what a model of certain shapes has for them."""
+
+    fitting: dict[str, tuple[Layer, ...]] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)  # the weight is there, and why its shape does not fit
+    absent: list[str] = field(default_factory=list)
+
+
+def matching(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> Matching:
+    """Sort the adapter's layers against a model's weights, given by key and shape."""
+    result = Matching()
     for name, terms in adapter.layers.items():
         key, rows = split_name(name)
         shape = known.get(key)
-        if shape is not None and rows is not None:
-            shape = (rows[1] - rows[0], *shape[1:]) if rows[1] <= shape[0] else None
-        reason = misfit(terms, shape)
+        if shape is None or (rows is not None and rows[1] > shape[0]):
+            result.absent.append(name)
+            continue
+        reason = misfit(terms, shape if rows is None else (rows[1] - rows[0], *shape[1:]))
         if reason is None:
-            fitting[name] = terms
+            result.fitting[name] = terms
         else:
-            reasons[name] = reason
-    return fitting, reasons
+            result.wrong[name] = reason
+    return result
 
 
-def refuse(adapter: Adapter, reasons: Mapping[str, str], model_name: str) -> SodaMixError:
-    """The error for an adapter of which nothing fits."""
-    # A wrong width says more than a missing layer.
-    shown = sorted(reasons.items(), key=lambda item: item[1] == "the model has no such layer")[:2]
-    examples = "; ".join(f"{name}: {reason}" for name, reason in shown)
-    return SodaMixError(
-        f"The adapter {adapter.name or 'given'!r} does not fit the model {model_name}: none of its "
-        f"{len(reasons)} layers match ({examples}). It was made for "
-        f"{adapter.metadata.get('modelspec.architecture', 'another architecture')}. "
-        "Use it with a model of that architecture."
+def unmatched(adapter: Adapter, matches: Sequence[Matching], model_name: str) -> list[str]:
+    """The adapter's layers that none of the models has. A wrong shape, or no match at all, is an error.
+
+    A layer of that name with another shape means another architecture; applying the rest would only do harm.
+    """
+    wrong = {name: reason for match in matches for name, reason in match.wrong.items()}
+    absent = [name for name in matches[0].absent if all(name in match.absent for match in matches)]
+    if not wrong and len(absent) < len(adapter.layers):
+        return absent
+    if wrong:
+        name, reason = next(iter(wrong.items()))
+        what = f"{len(wrong)} of its {len(adapter.layers)} layers have another shape (first {name}: {reason})"
+    else:
+        what = f"the model has none of its {len(absent)} layers (first {', '.join(absent[:2])})"
+    made_for = adapter.metadata.get("modelspec.architecture", "another architecture")
+    raise SodaMixError(
+        f"The adapter {adapter.name or 'given'!r} does not fit the model {model_name}: {what}. "
+        f"It was made for {made_for}: use it with a model of that architecture."
     )
 
 

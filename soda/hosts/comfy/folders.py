@@ -5,7 +5,6 @@ where SODA Save writes, and the adapters that the pack brings along for its play
 from __future__ import annotations
 
 import os
-
 from pathlib import Path
 
 import folder_paths

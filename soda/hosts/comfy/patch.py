@@ -18,7 +18,7 @@ from ...adapter import Adapter, Layer
 from ...decomposition import Basis
 from ...mixing import mix
 from .base import bases, split_name
-from .fit import Report, check_spectrum, matching, refuse, shapes
+from .fit import Report, check_spectrum, matching, shapes, unmatched
 
 ATTACHMENT = "soda"
 Parts = Sequence[tuple[Adapter, float]]
@@ -76,20 +76,13 @@ def apply(model: ModelPatcher, parts: Parts, clip=None):
     """(model, clip, Report) with `parts` added to what SODA put there before; the inputs stay as they are.
 
     Weight 0 adds nothing, so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the
-    CLIP by its name. An adapter of which no layer fits either raises SodaMixError.
+    CLIP by its name. An adapter that does not fit raises SodaMixError.
     """
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
     report = Report()
     for adapter, _ in parts:
-        fits, reasons = [], {}
-        for patcher_shapes in known:
-            fitting, why = matching(adapter, patcher_shapes)
-            fits.append(fitting)
-            reasons = {n: r for n, r in why.items() if n not in fitting and (not reasons or n in reasons)}
-        if not any(fits):
-            raise refuse(adapter, reasons, type(model.model).__name__)
-        report.unmatched += reasons
+        report.unmatched += unmatched(adapter, [matching(adapter, k) for k in known], type(model.model).__name__)
     new_model = _fold(model, parts, known[0], report)
     if clip is None:
         return new_model, None, report
@@ -107,7 +100,7 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
         report.changed += sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
         return clone
     clone.set_attachments(ATTACHMENT, tuple(together))
-    fitting = [(adapter, matching(adapter, known)[0], weight) for adapter, weight in together]
+    fitting = [(adapter, matching(adapter, known).fitting, weight) for adapter, weight in together]
     basis = bases(
         patcher,
         ((name, t.decomposition) for _, layers, _ in fitting for name, ts in layers.items() for t in ts if

@@ -26,7 +26,7 @@ class SamplePrompt:
 
 
 def sample(patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...]) -> Image.Image:
-    """One image of `patcher` with whatever weights it computes with now; latent_shape as the VAE gives, (1, C, H, W)."""
+    """One image of `patcher` with the weights it computes with now; latent_shape (1, C, H, W) as the VAE gives it."""
     with torch.inference_mode():
         positive, negative = (_encode(prompt.clip, text) for text in (prompt.text, ""))
         latent = torch.zeros(latent_shape)

@@ -73,7 +73,7 @@ def train_adapter(
 
             losses = run_loop(parameters, loss_fn, settings, on_step)
         layers = parameters.layers()
-    metadata = training_metadata(model, samples, settings, decomposition, factors, role, weights, layers)
+    metadata = training_metadata(model, samples, settings, decomposition, factors, role, weights)
     return Adapter(layers, metadata, "trained adapter"), losses
 
 
