@@ -31,9 +31,10 @@ class Refused(Exception):
         super().__init__(f"HTTP {status}: {body}")
         self.status, self.body = status, body
 
-    @property
-    def node_errors(self) -> dict:
-        return json.loads(self.body).get("node_errors", {})
+    def reasons(self) -> str:
+        """What was wrong with which node of a prompt, in one line."""
+        nodes = json.loads(self.body)["node_errors"].values()
+        return "; ".join(f"{n['class_type']}: {e['message']}, {e['details']}" for n in nodes for e in n["errors"])
 
 
 class PromptFailed(Exception):
@@ -104,6 +105,8 @@ class Client:
 
     def run(self, prompt: dict, on_event: Callable[[str, dict], None] | None = None, timeout: float = 600) -> Result:
         """Queues a prompt and waits for its end; PromptFailed if a node raised. `on_event` gets each message."""
+        while not self._events.empty():  # left over from earlier prompts
+            self._events.get()
         prompt_id = self.queue(prompt)
         result = Result(prompt_id)
         end = time.monotonic() + timeout
@@ -121,9 +124,12 @@ class Client:
                 on_event(kind, data)
             if self._note(result, kind, data):
                 break
+        # The server files a prompt's history after its last message.
+        while prompt_id not in (history := self.get_json(f"/history/{prompt_id}")):
+            time.sleep(0.05)
+        result.outputs = history[prompt_id]["outputs"]
         if result.error is not None:
             raise PromptFailed(result.error["message"], result)
-        result.outputs = self.get_json(f"/history/{prompt_id}")[prompt_id]["outputs"]
         return result
 
     @staticmethod

@@ -103,7 +103,7 @@ class Demo:
             error = failure.result.error
             raise RunError(f"{what} failed in {error['type']}: {error['message']}") from failure
         except Refused as refused:
-            raise RunError(f"ComfyUI refused the workflow while {what.lower()}: {refused.body}") from refused
+            raise RunError(f"{what} failed, ComfyUI refused the workflow: {refused.reasons()}") from refused
         self.status.done(f"{what}: done in {duration(time.monotonic() - started)}{last_loss}")
         return result
 
