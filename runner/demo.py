@@ -4,6 +4,7 @@ Train a subject, train a style (each saved and read back), load each alone, mix 
 """
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -137,14 +138,16 @@ def run(options: argparse.Namespace, status: Status) -> None:
         status.done(f"Adapters:      {output / 'loras' / 'soda'} ({subject}, {style})")
         status.done(f"Server log:    {log}")
         if options.keep:
-            keep(server, status)
+            keep(server, client, status)
 
 
-def keep(server: Server, status: Status) -> None:
+def keep(server: Server, client: Client, status: Status) -> None:
     """Opens the page on the training workflow and stays until Ctrl-C or the server's end."""
+    client.post("/settings/Comfy.TutorialCompleted", True)  # else its template browser covers the workflow
     page = f"{server.url}/?template={TRAIN}&source={PACK}"
     status.done(f"\nComfyUI stays up: {page}\nPress Ctrl-C to stop it.")
-    webbrowser.open(page)
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(page)  # without a display it might start a text browser in this terminal
     while True:
         server.require_alive()
         time.sleep(1)

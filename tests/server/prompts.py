@@ -14,9 +14,8 @@ class Prompt(dict):
     """API format: {id: {class_type, inputs}}. `add` returns the new node's id; (id, slot) is a link."""
 
     def add(self, class_type: str, **inputs: object) -> str:
-        """A dot in an input's name is written as two underscores: row__weight is row.weight."""
         node = str(len(self) + 1)
-        values = {name.replace("__", "."): list(v) if isinstance(v, tuple) else v for name, v in inputs.items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in inputs.items()}
         self[node] = {"class_type": class_type, "inputs": values}
         return node
 
