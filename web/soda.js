@@ -4,7 +4,7 @@
  * The server lists adapter files afresh whenever it is asked, but a page asks once, when it opens. So after
  * SODA Save wrote a file this extension has the page ask again, as its "Refresh Node Definitions" command does.
  * That command renews the top-level lists of every node and leaves the lists inside a dynamic row (those of
- * SODA Mix) as they were when the page opened; these read the list that SODA Loader has.
+ * SODA Mix) as they were when the page opened; these read the newest list here.
  */
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
@@ -28,7 +28,9 @@ app.registerExtension({
   },
 
   beforeRegisterNodeDef(_nodeType, nodeData) {
-    if (nodeData.name === "SodaLoader") adapterNames = nodeData.input.required.adapter_name[1].options
+    if (nodeData.name !== "SodaMix") return
+    const { inputs } = nodeData.input.required.row[1].options.find(({ key }) => key === "adapter")
+    adapterNames = inputs.required.adapter_name[1].options
   },
 
   nodeCreated(node) {

@@ -8,7 +8,6 @@ import shutil
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -36,7 +35,8 @@ BUILD = """async ({nodes, groups}) => {
     const from = made[source].outputs.findIndex((o) => o.name === output)
     const to = made[i].inputs.findIndex((o) => o.name === input)
     if (from < 0 || to < 0 || !made[source].connect(from, made[i], to))
-      throw new Error(`no link ${made[source].type}.${output} -> ${type}.${input} (${made[i].inputs.map((x) => x.name)})`)
+      throw new Error(`no link ${made[source].type}.${output} -> ${type}.${input}; it has ` +
+        made[i].inputs.map(({name}) => name))
   }))
   for (const {title, color, box} of groups) {
     const group = new LiteGraph.LGraphGroup(title)
@@ -94,9 +94,82 @@ def open_page(browser: Browser, url: str, *, nodes2: bool, query: str = "", size
 
 def build_graph(page: Page, nodes: list[dict], groups: list[dict] | None = None) -> list[int]:
     """Nodes as {type, values, links, box?, title?}, links as {input: (index of the source, output)} -> node ids."""
-    return page.evaluate(BUILD, {"nodes": [{"values": {}, "links": {}} | node for node in nodes], "groups": groups or []})
+    nodes = [{"values": {}, "links": {}} | node for node in nodes]
+    return page.evaluate(BUILD, {"nodes": nodes, "groups": groups or []})
 
 
 def run_workflow(page: Page, seconds: int = 120) -> None:
     """Queue the graph as the Run button does and wait for its end; an error of any node, or a refusal, is raised."""
     page.evaluate(RUN, seconds)
+
+
+def open_at_template(open_at, pack: str, name: str) -> Page:
+    """The page with a template of a pack, opened as a link to it does."""
+    page = open_at(f"?template={name}&source={pack}")
+    page.wait_for_function("() => app.graph.nodes.some((node) => node.type === 'SodaPlayground')")
+    return page
+
+
+def set_widgets(page: Page, values: dict[str, dict]) -> None:
+    """Sets widgets of all nodes of a type: {type: {widget: value}}."""
+    page.evaluate(
+        """(values) => app.graph.nodes.forEach((node) => Object.entries(values[node.type] ?? {}).forEach(
+          ([name, value]) => { node.widgets.find((widget) => widget.name === name).value = value }))""",
+        values,
+    )
+
+
+def boxes(page: Page) -> dict[str, list[float]]:
+    """Where each node is drawn now, title bar and all: {id type: [left, top, right, bottom]} in screen pixels."""
+    return page.evaluate(
+        """() => Object.fromEntries(app.graph.nodes.map((node) => {
+          const element = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
+          if (element) {
+            const {left, top, right, bottom} = element.getBoundingClientRect()
+            return [`${node.id} ${node.type}`, [left, top, right, bottom]]
+          }
+          const [x, y, width, height] = node.boundingRect
+          const [left, top] = app.canvas.ds.convertOffsetToCanvas([x, y]), scale = app.canvas.ds.scale
+          return [`${node.id} ${node.type}`, [left, top, left + width * scale, top + height * scale]]
+        }))"""
+    )
+
+
+def widget_values(page: Page, type_: str) -> dict[str, object]:
+    """The widgets of the first node of a type by name, in their order."""
+    return page.evaluate(
+        """(type) => Object.fromEntries(app.graph.nodes.find((node) => node.type === type).widgets
+          .filter((widget) => widget.serialize !== false).map((widget) => [widget.name, widget.value]))""",
+        type_,
+    )
+
+
+def choices(page: Page, type_: str, name: str) -> list[str]:
+    """What a combo widget of the first node of a type offers."""
+    return page.evaluate(
+        """([type, name]) => { const node = app.graph.nodes.find((node) => node.type === type)
+          const {values} = node.widgets.find((widget) => widget.name === name).options
+          return [...(typeof values === 'function' ? values() : values)] }""",
+        [type_, name],
+    )
+
+
+def choose(page: Page, type_: str, name: str, value: str) -> None:
+    """Picks a value of a combo widget with the mouse, as a person does."""
+    node, label, x, y = page.evaluate(
+        """([type, name]) => {
+          const node = app.graph.nodes.find((node) => node.type === type)
+          const widget = node.widgets.find((widget) => widget.name === name)
+          const middle = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.y + 10]
+          const [x, y] = app.canvas.ds.convertOffsetToCanvas(middle)
+          const {left, top} = app.canvas.canvas.getBoundingClientRect()
+          return [node.id, widget.label ?? widget.name, x + left, y + top]
+        }""",
+        [type_, name],
+    )
+    if page.evaluate("LiteGraph.vueNodesMode"):
+        page.locator(f'[data-node-id="{node}"]').get_by_role("combobox", name=label, exact=True).click()
+        page.get_by_role("option", name=value, exact=True).click()
+    else:
+        page.mouse.click(x, y)
+        page.locator(".litecontextmenu .litemenu-entry").get_by_text(value, exact=True).click()
