@@ -7,7 +7,9 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.sd1_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from soda_pack.soda.adapter import Adapter, Layer
@@ -17,11 +19,11 @@ from soda_pack.soda.kronecker import factor_sizes
 CONTEXT = 48
 
 
-def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtype=torch.float32):
+def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtype=torch.float32, channels: int = 4):
     """A ModelPatcher around an SD1-like UNet with two levels; its weights are inference tensors, as from loaders."""
     config = comfy.supported_models.SD15(
         {
-            "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": width, "num_res_blocks": [1, 1],
+            "image_size": 32, "in_channels": channels, "out_channels": channels, "model_channels": width, "num_res_blocks": [1, 1],
             "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1,
             "channel_mult": [1, 2], "use_linear_in_transformer": False, "context_dim": CONTEXT,
             "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "adm_in_channels": None,
@@ -32,6 +34,8 @@ def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtyp
     cpu = torch.device("cpu")
     with torch.inference_mode():
         config.manual_cast_dtype = None if dtype == torch.float32 else torch.float32
+        if channels == 3:
+            config.latent_format = comfy.latent_formats.ChromaRadiance()
         model = comfy.model_base.BaseModel(config, model_type=kind, device=cpu)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
@@ -90,7 +94,27 @@ def conditioning(seed: int = 3, tokens: int = 7) -> list:
     return [[tensor, {"pooled_output": None}]]
 
 
-def latents(count: int = 1, size: int = 8, seed: int = 4) -> dict:
+def small_clip():
+    """A CLIP of CONTEXT channels with two layers and its usual tokenizer."""
+    config = {
+        "hidden_size": CONTEXT, "projection_dim": CONTEXT, "intermediate_size": CONTEXT, "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+    }  # fmt: skip
+    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": config})
+        generator = torch.Generator().manual_seed(6)
+        for parameter in clip.cond_stage_model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return clip
+
+
+def pixel_vae():
+    """ComfyUI's VAE whose latents are the pixels, in -1 to 1."""
+    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+def latents(count: int = 1, size: int = 8, seed: int = 4, channels: int = 4) -> dict:
     """A LATENT with `count` samples of size x size."""
     with torch.inference_mode():
-        return {"samples": torch.randn(count, 4, size, size, generator=torch.Generator().manual_seed(seed))}
+        return {"samples": torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.weight_adapter import WeightAdapterBase
-from small_models import adapter, load, lora, same, small_model, weights
+from small_models import CONTEXT, adapter, load, lora, same, small_clip, small_model, weights
 from soda_pack.soda.adapt import adapt
-from soda_pack.soda.adapter import Adapter
+from soda_pack.soda.adapter import Adapter, Layer
 from soda_pack.soda.decomposition import decompose
 from soda_pack.soda.errors import SodaMixError
 from soda_pack.soda.hosts.comfy.base import unpatched
@@ -184,3 +184,23 @@ def test_keys_that_do_not_match_are_reported():
     _, _, report = apply(model, [(odd, 1.0)])
     assert report.unmatched == ["diffusion_model.nowhere.to_q"]
     assert "1 keys did not match: diffusion_model.nowhere.to_q" in report.text()
+
+
+def test_layers_of_the_text_encoder_go_to_the_clip():
+    model, clip = small_model(), small_clip()
+    base, text = weights(model), weights(clip.patcher)
+    layer = "clip_l.transformer.text_model.encoder.layers.1.self_attn.q_proj"
+    both = Adapter(
+        {**adapter(model).layers, layer: (Layer("none", None, (torch.ones(CONTEXT * 47 // 2),)),)}, {}, "both"
+    )
+    patched, new_clip, report = apply(model, [(both, 1.0)], clip)
+    assert report.changed == len(both.layers) and not report.unmatched
+    load(new_clip.patcher)
+    after = weights(new_clip.patcher)
+    assert [key for key in text if not torch.equal(text[key], after[key])] == [f"{layer}.weight"]
+    load(patched)
+    assert not same(base, weights(patched))
+    load(clip.patcher)
+    assert same(text, weights(clip.patcher))
+    _, nothing, report = apply(model, [(both, 1.0)])
+    assert nothing is None and report.unmatched == [layer] and report.changed == len(both.layers) - 1
