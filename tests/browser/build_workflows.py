@@ -225,7 +225,7 @@ def main() -> None:
             page = open_page(browser, args.url, nodes2=False, size=(1100, 1100))
             build_graph(page, workflow.nodes, workflow.groups)
             page.evaluate(FIT, [])
-            graph = page.evaluate("app.graph.serialize()")
+            graph = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
             (FOLDER / f"{workflow.name}.json").write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
             if not args.no_run:
                 run_workflow(page, 900)
