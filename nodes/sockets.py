@@ -5,7 +5,6 @@ from comfy_api.latest import io
 CATEGORY = "SODA"
 SODA_ADAPTER = io.Custom("SODA_ADAPTER")
 ROLES = ["subject", "style", "other"]
-DECOMPOSITIONS = ["lq", "svd", "qr", "none"]
 
 
 def strength_input(name: str, tooltip: str) -> io.Float.Input:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import io
 
+from ..soda.adapter import DECOMPOSITIONS
 from ..soda.errors import SodaTrainingError
-from ..soda.hosts.comfy import dataset
+from ..soda.file import save
+from ..soda.hosts.comfy import dataset, folders
 from ..soda.hosts.comfy.preview import SamplePrompt
 from ..soda.hosts.comfy.progress import TrainingProgress
 from ..soda.hosts.comfy.train import train_adapter
 from ..soda.training.loop import TrainingSettings
-from .sockets import CATEGORY, DECOMPOSITIONS, ROLES, SODA_ADAPTER
+from .sockets import CATEGORY, ROLES, SODA_ADAPTER
+
+log = logging.getLogger(__name__)
 
 
 class SodaTrain(io.ComfyNode):
@@ -53,7 +59,7 @@ class SodaTrain(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "decomposition",
-                    options=DECOMPOSITIONS,
+                    options=list(DECOMPOSITIONS),
                     default="lq",
                     tooltip="lq also works on fine-tuned bases; svd only on this very base; qr turns the output side; "
                     "none trains the rotation alone.",
@@ -104,4 +110,8 @@ class SodaTrain(io.ComfyNode):
         adapter, losses = train_adapter(
             model[0], samples, settings, decomposition[0], factors[0], role[0], progress, prompt
         )
+        # ComfyUI may drop a result from its cache under memory pressure, and hours of training with it.
+        path = folders.autosave_path()
+        save(adapter, path)
+        log.info("SODA Train: until ComfyUI restarts the adapter is also kept in %s", path)
         return io.NodeOutput(adapter, {"loss": losses}, settings.steps)

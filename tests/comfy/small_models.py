@@ -23,9 +23,10 @@ def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtyp
     """A ModelPatcher around an SD1-like UNet with two levels; its weights are inference tensors, as from loaders."""
     config = comfy.supported_models.SD15(
         {
-            "image_size": 32, "in_channels": channels, "out_channels": channels, "model_channels": width, "num_res_blocks": [1, 1],
-            "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1,
-            "channel_mult": [1, 2], "use_linear_in_transformer": False, "context_dim": CONTEXT,
+            "image_size": 32, "in_channels": channels, "out_channels": channels, "model_channels": width,
+            "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1],
+            "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": CONTEXT,
+            "use_linear_in_transformer": False,
             "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "adm_in_channels": None,
             "dtype": dtype,
         }
