@@ -1,0 +1,1 @@
+"""Training SODA adapters: parameters, and a loop that knows no host."""

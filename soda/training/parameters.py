@@ -1,0 +1,116 @@
+"""The trainable numbers of an adapter, batched: a few kernels for all weights of one shape.
+
+For every weight of shape (out, in): W = (W0 + D(delta)) (R_1 x ... x R_r)^T with delta = 0 and R_j = I at the start,
+which gives W0 bit for bit. The factors R_j themselves are the parameters, in banks `(B, n, n)` of one size n over the
+whole model, for `StiefelAdam`; the deltas of one shape are one `(B, k)` parameter. `svd` trains with
+max(sigma + delta, 0) and stores delta held at >= -sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Decomposition, Layer
+from ..decomposition import Basis, decompose, spectral_change
+from ..errors import SodaTrainingError
+from ..fingerprint import sketch
+from ..kronecker import factor_sizes, log_rotation, rotate, triangle
+
+
+class ShapeGroup(nn.Module):
+    """All weights of one shape: their base `(B, out, in)` fp32, its basis, their deltas, and where their factors are."""
+
+    def __init__(self, names: list[str], weights: Tensor, decomposition: Decomposition, factors: int):
+        super().__init__()
+        self.names, self.decomposition = names, decomposition
+        self.register_buffer("base", weights, persistent=False)
+        self.sizes = factor_sizes(weights.shape[1 if decomposition == "qr" else 2], factors)
+        self.rows: list[slice] = []  # of factor j in the bank of size n_j
+        self.delta = None
+        basis = decompose(weights, decomposition)
+        if basis is not None:
+            for part in ("left", "right", "spectrum", "live"):
+                self.register_buffer(part, getattr(basis, part), persistent=False)
+            self.delta = nn.Parameter(torch.zeros_like(basis.spectrum))
+
+    def basis(self) -> Basis:
+        return Basis(self.decomposition, self.left, self.right, self.spectrum, self.live)
+
+    def held_delta(self) -> Tensor:
+        """delta `(B, k)`, for svd at no less than -sigma, and 0 where the spectrum is not live."""
+        delta = torch.maximum(self.delta, -self.spectrum) if self.decomposition == "svd" else self.delta
+        return torch.where(self.live, delta, 0.0)
+
+    def change(self) -> Tensor:
+        """D `(B, out, in)`."""
+        return spectral_change(self.basis(), self.held_delta(), self.base.shape[1:])
+
+    def forward(self, factors: list[Tensor]) -> Tensor:
+        """The adapted weights `(B, out, in)` with factors `(B, n_j, n_j)`."""
+        w = self.base if self.delta is None else self.base + self.change()
+        return rotate(w.mT, factors).mT if self.decomposition == "qr" else rotate(w, factors)
+
+
+class SodaParameters(nn.Module):
+    """Parameters for `weights`, a mapping of layer names to `(out, in)` tensors, which are not modified.
+
+    Raises SodaTrainingError if there is nothing to train.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decomposition: Decomposition = "lq", factors: int = 3):
+        super().__init__()
+        if not weights:
+            raise SodaTrainingError("there is no weight to adapt; choose a model with attention layers")
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name, weight in weights.items():
+            by_shape.setdefault(tuple(weight.shape), []).append(name)
+        self.groups = nn.ModuleList(
+            ShapeGroup(names, torch.stack([weights[name].detach().float() for name in names]), decomposition, factors)
+            for names in by_shape.values()
+        )
+        counts: dict[int, int] = {}
+        for group in self.groups:
+            for n in group.sizes:
+                start = counts.get(n, 0)
+                counts[n] = start + len(group.names)
+                group.rows.append(slice(start, counts[n]))
+        device = self.groups[0].base.device
+        self.banks = nn.ParameterDict(
+            {str(n): nn.Parameter(torch.eye(n, device=device).repeat(count, 1, 1)) for n, count in counts.items()}
+        )
+
+    def rotations(self) -> list[nn.Parameter]:
+        """The banks `(B, n, n)` of factors, for StiefelAdam."""
+        return list(self.banks.values())
+
+    def spectra(self) -> list[nn.Parameter]:
+        """The deltas `(B, k)`, for a Euclidean optimizer; empty for `none`."""
+        return [group.delta for group in self.groups if group.delta is not None]
+
+    def _factors(self, group: ShapeGroup) -> list[Tensor]:
+        return [self.banks[str(n)][rows] for n, rows in zip(group.sizes, group.rows, strict=True)]
+
+    def forward(self) -> dict[str, Tensor]:
+        """All adapted weights by layer name, fp32, differentiable in factors and deltas."""
+        adapted: dict[str, Tensor] = {}
+        for group in self.groups:
+            adapted.update(zip(group.names, group(self._factors(group)).unbind(), strict=True))
+        return adapted
+
+    @torch.no_grad()
+    def layers(self) -> dict[str, tuple[Layer, ...]]:
+        """The adapter's layers as they stand, fp32 on the CPU, with the sketches of D on this base."""
+        layers: dict[str, tuple[Layer, ...]] = {}
+        for group in self.groups:
+            logs = [triangle(log_rotation(factor)).float().cpu() for factor in self._factors(group)]
+            deltas = sketches = [None] * len(group.names)
+            if group.delta is not None:
+                deltas, sketches = group.held_delta().cpu(), sketch(group.change())
+            for i, name in enumerate(group.names):
+                delta = None if deltas[i] is None else deltas[i].clone()
+                layer = Layer(group.decomposition, delta, tuple(log[i].clone() for log in logs), sketches[i])
+                layers[name] = (layer,)
+        return layers
