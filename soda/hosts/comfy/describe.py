@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...adapter import Adapter, Decomposition
 from ...fingerprint import base_hash
-from ...metadata import describe
+from ...metadata import describe, label
 from ...training.loop import TrainingSettings
 from .dataset import Sample
 from .preview import image_of
@@ -75,4 +75,6 @@ def training_metadata(
 
 def saved_adapter(adapter: Adapter, title: str, trigger_words: str, thumbnail: torch.Tensor | None) -> Adapter:
     """The adapter with what is known when it is saved added to its metadata."""
-    return replace(adapter, metadata={**adapter.metadata, "x": title}, name=title)
+    picture = None if thumbnail is None else thumbnail_jpeg(thumbnail)
+    metadata = label(adapter.metadata, title=title, trigger_words=trigger_words, thumbnail=picture)
+    return replace(adapter, metadata=metadata, name=title)

@@ -1,0 +1,34 @@
+"""SODA: spectral orthogonal decomposition adaptation (arXiv 2405.21050) for the weights of diffusion models.
+
+    adapter = soda.load("style.safetensors")
+    mixed = soda.mix([(adapter, 0.8), (soda.load("subject.safetensors"), 1.0)])
+    weight = soda.adapt(weight, mixed.layers[name], {"lq": soda.decompose(weight, "lq")})
+"""
+
+from .adapt import adapt
+from .adapter import Adapter, Layer
+from .decomposition import Basis, decompose, spectral_change
+from .errors import SodaError, SodaFileError, SodaMixError, SodaTrainingError
+from .file import load, save, validate
+from .kronecker import factor_sizes
+from .mixing import mix
+from .stiefel import StiefelAdam
+
+__all__ = [
+    "Adapter",
+    "Basis",
+    "Layer",
+    "SodaError",
+    "SodaFileError",
+    "SodaMixError",
+    "SodaTrainingError",
+    "StiefelAdam",
+    "adapt",
+    "decompose",
+    "factor_sizes",
+    "load",
+    "mix",
+    "save",
+    "spectral_change",
+    "validate",
+]

@@ -1,0 +1,199 @@
+"""SODA files, format 1: safetensors with names and shapes that say everything a loader needs.
+
+Per adapted weight, named by the host's module path:
+
+    <layer>.soda_lq | .soda_svd | .soda_qr    delta (k,); absent for `none`
+    <layer>.soda_log_R0 ... soda_log_R4       strict upper triangle of A_j, n_j (n_j - 1) / 2 numbers
+    <layer>.soda_sketch                       (8, 8), the fingerprint of D on the base
+
+fp32 unless asked otherwise. Every tensor is checked on reading; nothing is ever unpickled. Writing is atomic: at any
+moment the path holds the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from .adapter import Adapter, Decomposition, Layer, factor_size
+from .errors import SodaFileError
+from .fingerprint import SKETCH_SIZE
+from .kronecker import MAX_FACTORS
+from .metadata import FORMAT_VERSION
+
+HEADER_LIMIT = 1 << 20  # ComfyUI's model sidebar reads no longer header
+TENSOR_LIMIT = 1 << 24  # numbers in one tensor: the triangle of a 5792 x 5792 factor
+NAME = re.compile(r"^(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>\d))$")
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def load(path: str | os.PathLike) -> Adapter:
+    """The adapter in a file, fp32 on the CPU, named by the file's stem.
+
+    Raises SodaFileError, which names the file, the tensor, what is wrong with it and what to do.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            _check_version(path, metadata)
+            parts = _read(path, file)
+    except FileNotFoundError:
+        raise SodaFileError(f"{path}: there is no such file; choose an existing SODA adapter") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, SodaFileError):
+            raise
+        raise SodaFileError(
+            f"{path}: this is no readable safetensors file ({error}); it may be truncated or of another format. "
+            "Download or save it again"
+        ) from error
+    if not parts:
+        raise SodaFileError(f"{path}: the file holds no SODA layer; choose a file that SODA Save wrote")
+    layers = {name: (_layer(path, name, tensors),) for name, tensors in parts.items()}
+    return Adapter(layers, metadata, path.stem)
+
+
+def validate(path: str | os.PathLike) -> tuple[bool, str]:
+    """(True, "") if `load` accepts the file, else (False, what it says)."""
+    try:
+        load(path)
+    except SodaFileError as error:
+        return False, str(error)
+    return True, ""
+
+
+def save(adapter: Adapter, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+    """Write the adapter, with `dtype` fp32, fp16 or bf16; an existing file is replaced in one step.
+
+    Raises SodaFileError if the adapter is a mix without a common small form, holds no layer or a number that is not
+    finite in `dtype`, or says more than a header may hold.
+    """
+    path = Path(path)
+    single, reason = adapter.is_single_form()
+    if not single:
+        raise SodaFileError(f"{path}: {reason}; save the adapters one by one, or save the model with the mix baked in")
+    if not adapter.layers:
+        raise SodaFileError(f"{path}: the adapter has no layer, there is nothing to save")
+    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in _named(adapter)}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SodaFileError(f"{path}: tensor {key!r} has a number that is not finite in {dtype}; train it again")
+    plain = to_bytes(tensors)
+    body = plain[8 + int.from_bytes(plain[:8], "little") :]
+    digest = hashlib.sha256(body).hexdigest()
+    metadata = {"soda.format_version": FORMAT_VERSION, **adapter.metadata}
+    metadata |= {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    data = to_bytes(tensors, metadata=metadata)
+    header = int.from_bytes(data[:8], "little")
+    if header > HEADER_LIMIT:
+        raise SodaFileError(
+            f"{path}: the header would take {header} bytes, of which tools read {HEADER_LIMIT}; use a smaller thumbnail"
+        )
+    _write(path, data)
+
+
+def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    for name, (layer,) in adapter.layers.items():
+        if layer.delta is not None:
+            yield f"{name}.soda_{layer.decomposition}", layer.delta
+        for j, log in enumerate(layer.logs):
+            yield f"{name}.soda_log_R{j}", log
+        if layer.sketch is not None:
+            yield f"{name}.soda_sketch", layer.sketch
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: temporary file in the same folder, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
+    version = metadata.get("soda.format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise SodaFileError(
+            f"{path}: the file has SODA format {version!r}, this version reads {FORMAT_VERSION!r}; update the node pack"
+        )
+
+
+def _read(path: Path, file: safe_open) -> dict[str, dict[str, Tensor]]:
+    """Tensors by layer and part, each checked for name, dtype, shape and finiteness, as fp32."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key in file.keys():  # noqa: SIM118
+        match = NAME.match(key)
+        if match is None:
+            hint = "it looks like a LoRA; load it with Load LoRA" if "lora" in key else "choose a SODA adapter"
+            raise SodaFileError(f"{path}: tensor {_short(key)} is no part of a SODA adapter; {hint}")
+        view = file.get_slice(key)
+        dtype, shape = view.get_dtype(), tuple(view.get_shape())
+        if dtype not in DTYPES:
+            raise SodaFileError(
+                f"{path}: tensor {_short(key)} is of type {dtype}, a SODA adapter holds {', '.join(DTYPES)}; "
+                "save or convert it again"
+            )
+        expected = (SKETCH_SIZE, SKETCH_SIZE) if match["part"] == "sketch" else "(numbers,)"
+        if shape != expected if match["part"] == "sketch" else len(shape) != 1 or shape[0] > TENSOR_LIMIT:
+            raise SodaFileError(f"{path}: tensor {_short(key)} has shape {shape}, expected {expected}; save it again")
+        tensor = file.get_tensor(key).to(torch.float32)
+        if not tensor.isfinite().all():
+            raise SodaFileError(
+                f"{path}: tensor {_short(key)} holds NaN or infinite numbers; the file is damaged or its training "
+                "diverged. Train it again with a lower learning rate"
+            )
+        parts.setdefault(match["layer"], {})[match["part"]] = tensor
+    return parts
+
+
+def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Layer:
+    """One layer from its tensors, checked against one another."""
+
+    def fail(what: str) -> SodaFileError:
+        return SodaFileError(f"{path}: layer {_short(name)} {what}; the file is damaged, save or download it again")
+
+    kinds: list[Decomposition] = [kind for kind in ("lq", "svd", "qr") if kind in tensors]
+    if len(kinds) > 1:
+        raise fail(f"has more than one spectrum ({', '.join('soda_' + kind for kind in kinds)})")
+    count = sum(part.startswith("log_R") for part in tensors)
+    missing = [j for j in range(count) if f"log_R{j}" not in tensors]
+    if not 1 <= count <= MAX_FACTORS or missing:
+        found = ", ".join(sorted(f"soda_{part}" for part in tensors))
+        raise fail(f"needs soda_log_R0 to at most soda_log_R{MAX_FACTORS - 1} without gaps and has {found}")
+    logs = tuple(tensors[f"log_R{j}"] for j in range(count))
+    for j, log in enumerate(logs):
+        try:
+            factor_size(log.numel())
+        except ValueError as error:
+            raise fail(f"has a soda_log_R{j} of wrong length: {error}") from None
+    delta = tensors[kinds[0]] if kinds else None
+    layer = Layer(kinds[0] if kinds else "none", delta, logs, tensors.get("sketch"))
+    if delta is not None and not 1 <= delta.numel() <= layer.dimension:
+        raise fail(f"has {delta.numel()} numbers in its spectrum, but turns {layer.dimension} dimensions")
+    return layer
+
+
+def _short(name: str) -> str:
+    """A name fit for a message, whatever the file put there."""
+    text = json.dumps(name)
+    return text if len(text) <= 120 else text[:117] + '..."'
