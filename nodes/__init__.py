@@ -5,10 +5,18 @@ from comfy_api.latest import ComfyExtension, io
 from ..soda.hosts.comfy import folders
 from .loader import SodaLoader
 from .mix import SodaMix
+from .playground import SodaPlayground, SodaPlaygroundDrawings
 from .save import SodaSave
 from .train import SodaTrain
 
-NODES: list[type[io.ComfyNode]] = [SodaLoader, SodaMix, SodaTrain, SodaSave]
+NODES: list[type[io.ComfyNode]] = [
+    SodaLoader,
+    SodaMix,
+    SodaTrain,
+    SodaSave,
+    SodaPlayground,
+    SodaPlaygroundDrawings,
+]
 
 
 class SodaExtension(ComfyExtension):
