@@ -2,9 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..soda import metadata
+
 CATEGORY = "SODA"
 SODA_ADAPTER = io.Custom("SODA_ADAPTER")
-ROLES = ["subject", "style", "other"]
+ROLES = list(metadata.ROLES)
 
 
 def strength_input(name: str, tooltip: str) -> io.Float.Input:

@@ -24,7 +24,7 @@ def sketched(model, decomposition):
         (term,) = plain.layers[layer]
         change = spectral_change(decompose(base[key], decomposition), term.delta, base[key].shape)
         layers[layer] = (dataclasses.replace(term, sketch=sketch(change)),)
-    return Adapter(layers, {**plain.metadata, "ss_base_model_version": "some base"}, "mine")
+    return Adapter(layers, {**plain.metadata, "soda.base_model": "some base"}, "mine")
 
 
 def perturbed(model, amount):

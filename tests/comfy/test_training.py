@@ -86,7 +86,7 @@ def test_it_learns_and_restores(decomposition):
     assert len(losses) == 25 and set(one.layers) == set(attention_weights(model)) and one.role == "subject"
     patched, _, report = apply(model, [(one, 1.0)])
     assert report.warnings == [] and report.changed == len(one.layers)
-    assert loss_of(patched, samples) < 0.995 * loss_of(model, samples)
+    assert loss_of(patched, samples) < 0.998 * loss_of(model, samples)
 
 
 def test_same_seed_same_tensors():
@@ -218,12 +218,12 @@ def test_samples_are_shown_at_every_quarter_and_change_nothing():
     before = weights(model)
     with torch.inference_mode():
         captions = [clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))]
-    samples = dataset.collect(dataset.encode([torch.rand(2, 32, 32, 3)], vae), captions)
+    samples = dataset.collect(dataset.encode([torch.rand(2, 16, 16, 3)], vae), captions)
     watcher = Watcher(8)
     one, losses = run(model, 8, samples=samples, progress=watcher, prompt=SamplePrompt(clip, vae, "a cat", 1), rate=0.1)
     assert [step for step, _ in watcher.previews] == [1, 3, 5, 7]
     pictures = [image.tobytes() for _, image in watcher.previews]
-    assert watcher.previews[0][1].size == (32, 32) and len(set(pictures)) == 4 and not watcher.notes
+    assert watcher.previews[0][1].size == (16, 16) and len(set(pictures)) == 4 and not watcher.notes
     assert untouched(model, before)
     plain, without = run(model, 8, samples=samples, rate=0.1)
     assert losses == without and one.content_hash == plain.content_hash

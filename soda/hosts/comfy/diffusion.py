@@ -24,7 +24,8 @@ SEED_LIMIT = 2**63
 class DiffusionLoss:
     """loss(step) of a loaded model on a random batch; the batch depends on seed and step alone.
 
-    Samples, captions and model stay on the model's device. Made and called outside inference mode.
+    `patcher` is a clone made for this: it gets an attention that trains well, for samples on the way too. Samples
+    and captions stay on the model's device. Made and called outside inference mode.
     """
 
     def __init__(self, patcher: ModelPatcher, samples: Sequence[Sample], batch_size: int, seed: int):
@@ -36,8 +37,8 @@ class DiffusionLoss:
         self.groups = buckets(samples)
         self.latents = [self.model.process_latent_in(s.latent.float()).to(self.device) for s in samples]
         self.conditions = self._encode(samples)
-        self.options = dict(patcher.model_options["transformer_options"])
-        # ComfyUI's default attention on CPUs is several times slower to train through than torch's.
+        self.options = patcher.model_options["transformer_options"]
+        # ComfyUI's attention for CPUs is tens of times slower to train through; some for GPUs know no backward pass.
         self.options.setdefault("optimized_attention_override", _torch_attention)
 
     def __call__(self, step: int) -> torch.Tensor:

@@ -142,7 +142,7 @@ def check_spectrum(
     error = spectrum_error(layers, basis, known)
     if error is None or error < SILENT_ERROR:
         return layers
-    trained_on = adapter.metadata.get("ss_base_model_version") or "another base"
+    trained_on = adapter.metadata.get("soda.base_model") or "another base"
     about = f"{adapter.name or 'The adapter'} was trained on other weights ({trained_on})"
     if error <= REFUSED_ERROR:
         report.warnings.append(f"{about}: its spectrum is off by about {error:.0%} here.")
