@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 PAGE_ONLY = ("MarkdownNote", "Note")
+SEEDS = ("seed", "noise_seed")  # the page gives these the widget unless their definition says otherwise
 ALWAYS = 0  # a node's mode; the others (muted, bypassed) do not occur in the shipped workflows
 
 
@@ -43,7 +44,7 @@ def _inputs(node: dict, definition: dict, sources: dict[int, list]) -> dict:
         name = entry["name"]
         if entry.get("widget"):
             inputs[name] = values.pop(0)
-            if _options(definition, name).get("control_after_generate"):
+            if _options(definition, name).get("control_after_generate", name in SEEDS):
                 values.pop(0)
         if entry.get("link") is not None:
             inputs[name] = sources[entry["link"]]

@@ -25,6 +25,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="session", autouse=True)
+def startup_log(server: Server) -> str:
+    """What the server said until it answered, before any test could make it complain."""
+    return server.log_text()
+
+
 @pytest.fixture(scope="session")
 def client(server: Server) -> Iterator[Client]:
     with Client(server) as connected:
@@ -39,14 +45,14 @@ def adapters(server: Server) -> Path:
     return folder
 
 
-def train_file(client: Client, folder: Path, concept: str, **settings: object) -> str:
+def train_file(client: Client, folder: Path, concept: str, role: str, **settings: object) -> str:
     """Trains for three steps and saves -> the new file's name."""
     before = set(folder.rglob("*.safetensors"))
     prompt = Prompt()
     playground = Playground(prompt)
     latents, positive = playground.drawings(concept)
-    trained = playground.train(positive, latents=latents, role=concept, **settings)
-    playground.save((trained, 0), f"test_{concept}")
+    trained = playground.train(positive, latents=latents, role=role, **settings)
+    playground.save((trained, 0), f"test_{role}")
     client.run(prompt)
     (new,) = set(folder.rglob("*.safetensors")) - before
     return new.name
@@ -54,12 +60,12 @@ def train_file(client: Client, folder: Path, concept: str, **settings: object) -
 
 @pytest.fixture(scope="session")
 def subject(client: Client, adapters: Path) -> str:
-    return train_file(client, adapters, "subject")
+    return train_file(client, adapters, "zib", "subject")
 
 
 @pytest.fixture(scope="session")
 def style(client: Client, adapters: Path) -> str:
-    return train_file(client, adapters, "style", seed=6)
+    return train_file(client, adapters, "hatch", "style", seed=6)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import safetensors.torch
 from torch import Tensor
 
-PIXELS = 64
+PIXELS = 32  # the playground is made for 64; less is faster and as good for comparing
 TEXT = "a red circle on a blue background"
 
 
@@ -44,7 +44,7 @@ class Playground:
         )  # fmt: skip
         return self.prompt.add("SaveLatent", samples=(sampled, 0), filename_prefix="latents/test")
 
-    def drawings(self, concept: str = "subject") -> tuple[tuple[str, int], tuple[str, int]]:
+    def drawings(self, concept: str = "zib") -> tuple[tuple[str, int], tuple[str, int]]:
         """Latents and conditioning of the built-in drawings, as lists, through core's own dataset node."""
         drawings = self.prompt.add("SodaPlaygroundDrawings", concept=concept)
         return self.dataset((drawings, 0), (drawings, 1))

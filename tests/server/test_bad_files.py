@@ -81,7 +81,7 @@ def missing_factor(tensors: dict) -> str:
 def not_triangular(tensors: dict) -> str:
     name = first(tensors, ".soda_log_R1")
     tensors[name] = torch.zeros(4)
-    return name
+    return name.rsplit(".", 1)[0]
 
 
 def two_dimensional(tensors: dict) -> str:

@@ -32,9 +32,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("decomposition", ["lq", "svd", "qr", "none"])
 def test_the_same_seed_gives_the_same_tensors_and_the_base_stays(client, adapters, base_unchanged, decomposition):
-    first = train_and_save(client, adapters, "twin", decomposition=decomposition)
-    client.post("/free", {"unload_models": True, "free_memory": True})  # the cache, too
-    second = train_and_save(client, adapters, "twin", decomposition=decomposition)
+    first = train_and_save(client, adapters, "twin", decomposition=decomposition, role="subject")
+    # The role changes no number, but ComfyUI does not know that and trains anew.
+    second = train_and_save(client, adapters, "twin", decomposition=decomposition, role="other")
     assert same(first, second)
     assert any(tensor.abs().max() > 0 for name, tensor in first.items() if "soda_log" in name)
     assert any(name.endswith(f".soda_{decomposition}") for name in first) == (decomposition != "none")
@@ -68,14 +68,14 @@ def test_the_node_shows_step_loss_and_time_left(client):
 def test_images_are_encoded_when_no_latents_are_wired(client, adapters, base_unchanged):
     prompt = Prompt()
     playground = Playground(prompt)
-    drawings = prompt.add("SodaPlaygroundDrawings", concept="subject")
+    drawings = prompt.add("SodaPlaygroundDrawings", concept="zib")
     node = playground.train(playground.text("sks"), images=(drawings, 0), vae=playground.vae, seed=41)
     playground.save((node, 0), "from_images")
     client.run(prompt)
 
 
 def test_an_interrupt_in_mid_training_leaves_the_base_as_it_was(client, adapters, base_unchanged):
-    prompt, playground, node = training(steps=5000, seed=51)
+    prompt, playground, node = training(steps=400, seed=51)
     playground.save((node, 0), "never")
     steps = []
 
@@ -88,7 +88,7 @@ def test_an_interrupt_in_mid_training_leaves_the_base_as_it_was(client, adapters
     with pytest.raises(PromptFailed, match="interrupted") as caught:
         client.run(prompt, interrupt, timeout=120)
     assert caught.value.result.error["node"] == node
-    assert steps[-1] < 1000
+    assert steps[-1] < 200
     assert not list(adapters.glob("never*"))
 
 
