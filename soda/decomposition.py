@@ -25,8 +25,8 @@ LIVE = 1e-4
 
 @dataclass(frozen=True)
 class Basis:
-    """A decomposition of `(..., out, in)` weights, fp32: left `(..., out, k)`, right `(..., k, in)`, spectrum `(..., k)`,
-    live `(..., k)` bool."""
+    """A decomposition of `(..., out, in)` weights, fp32: left `(..., out, k)`, right `(..., k, in)`, spectrum and
+    live (bool) `(..., k)`."""
 
     decomposition: Decomposition
     left: Tensor | None
@@ -83,7 +83,8 @@ def spectral_change(basis: Basis, delta: Tensor, shape: Sequence[int]) -> Tensor
     """D `(..., out, in)` of a delta `(..., k)`, 0 where the spectrum is not live; `shape` is the weight's."""
     delta = torch.where(basis.live, delta, 0.0)
     if basis.decomposition == "svd":
-        return (basis.left * delta[..., None, :]) @ basis.right
+        scaled = basis.left * delta[..., None, :]
+        return scaled @ basis.right.to(scaled.dtype)
     if basis.decomposition == "lq":
         rows = delta[..., :, None] * basis.right
         return F.pad(rows, (0, 0, 0, shape[-2] - rows.shape[-2]))

@@ -107,8 +107,6 @@ def log_rotation(r: Tensor) -> Tensor:
     Raises ValueError if a matrix is a reflection (determinant -1).
     """
     n = r.shape[-1]
-    if n == 1:
-        return torch.zeros_like(r)
     matrices = r.detach().to("cpu", torch.float64).reshape(-1, n, n)
     angles = torch.linalg.eigvals(matrices).angle()
     if (torch.linalg.det(matrices) < 0).any():

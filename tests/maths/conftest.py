@@ -1,0 +1,32 @@
+"""The library as package `soda`, and random weights, layers and adapters for its tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+settings.register_profile("ladder", deadline=None, derandomize=True, database=None, max_examples=25)
+settings.load_profile("ladder")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_layer():
+    """make_layer(decomposition, shape, sizes, seed) -> a Layer of random numbers."""
+    from soda.adapter import Layer
+
+    def make(decomposition, shape, sizes, seed, angle=0.2):
+        g = torch.Generator().manual_seed(seed)
+        delta = None if decomposition == "none" else 0.1 * torch.randn(min(shape), generator=g)
+        logs = tuple(angle * torch.randn(n * (n - 1) // 2, generator=g) for n in sizes)
+        sketch = None if delta is None else torch.randn(8, 8, generator=g)
+        return Layer(decomposition, delta, logs, sketch)
+
+    return make
