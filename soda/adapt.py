@@ -19,7 +19,7 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
     lq, svd and none turn the input side, qr the output side. Terms of equal factor sizes on a side add their
     logarithms, which keeps R a Kronecker product; unlike sizes have no common small form and go through the dense
     exp(sum log R_i). If no term changes anything, the weight itself is returned, bit for bit.
-    Raises SodaMixError if a term's dimension is not the weight's.
+    Raises SodaMixError if a term's spectrum or dimension is not the weight's.
     """
     terms = [layer for layer in layers if not layer.is_zero()]
     if not terms:
@@ -28,6 +28,8 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
     adapted = w
     for term in terms:
         if term.delta is not None and term.delta.count_nonzero():
+            if term.delta.numel() != min(w.shape):
+                raise SodaMixError(f"a spectrum of {term.delta.numel()} numbers does not fit a weight {tuple(w.shape)}")
             adapted = adapted + spectral_change(bases[term.decomposition], term.delta.to(w), w.shape)
     for side, dimension in (("input", w.shape[1]), ("output", w.shape[0])):
         turning = [term for term in terms if term.side == side]

@@ -33,6 +33,8 @@ from .kronecker import MAX_FACTORS
 from .metadata import FORMAT_VERSION
 
 HEADER_LIMIT = 1 << 20  # ComfyUI's model sidebar reads no longer header
+HEADER_LIMIT_READ = 8 << 20  # a parser that is handed more would take memory without bounds
+LARGEST_LOG = 1000.0  # radians; beyond, exp(A) loses its digits, and training comes nowhere near
 TENSOR_LIMIT = 1 << 24  # numbers in one tensor: the triangle of a 5792 x 5792 factor
 NAME = re.compile(r"^(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>\d))$")
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -45,6 +47,7 @@ def load(path: str | os.PathLike) -> Adapter:
     """
     path = Path(path)
     try:
+        _check_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             _check_version(path, metadata)
@@ -115,8 +118,11 @@ def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 def _write(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: temporary file in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
+    except OSError as error:
+        raise SodaFileError(f"{path}: the file cannot be written ({error}); check the folder") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -124,10 +130,26 @@ def _write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise SodaFileError(f"{path}: the file cannot be written ({error}); check the free space") from error
         raise
+
+
+def _check_header(path: Path) -> None:
+    """The header's length is the file's first 8 bytes; a pickle's first bytes make a number out of all proportion."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if length <= HEADER_LIMIT_READ:
+        return
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        raise SodaFileError(f"{path}: this is a pickle, which may run code and is never opened; ask for a .safetensors")
+    raise SodaFileError(
+        f"{path}: this is no readable safetensors file (its header would take {length} bytes); download it again"
+    )
 
 
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
@@ -161,6 +183,11 @@ def _read(path: Path, file: safe_open) -> dict[str, dict[str, Tensor]]:
             raise SodaFileError(
                 f"{path}: tensor {_short(key)} holds NaN or infinite numbers; the file is damaged or its training "
                 "diverged. Train it again with a lower learning rate"
+            )
+        if match["factor"] and tensor.numel() and tensor.abs().max() > LARGEST_LOG:
+            raise SodaFileError(
+                f"{path}: tensor {_short(key)} holds an angle of {tensor.abs().max():g}, the most allowed is "
+                f"{LARGEST_LOG:g}; the file is damaged, save or download it again"
             )
         parts.setdefault(match["layer"], {})[match["part"]] = tensor
     return parts

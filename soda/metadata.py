@@ -24,7 +24,8 @@ def describe(
     *, title: str, role: str, architecture: str, base_model: str, base_hash: str, training: Mapping[str, object]
 ) -> dict[str, str]:
     """Metadata of a freshly trained adapter. `architecture` is modelspec's, `<base>/soda`; `base_hash` is
-    `fingerprint.base_hash` of the adapted weights; `training` is kept as JSON. Raises ValueError for an unknown role."""
+    `fingerprint.base_hash` of the adapted weights; `training` is kept as JSON. Raises ValueError for an unknown
+    role."""
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}; known are {', '.join(ROLES)}")
     family = architecture.split("/")[0]

@@ -28,7 +28,7 @@ Part = tuple[Adapter, float]
 def mix(parts: Sequence[Part], name: str = "") -> Adapter:
     """The weighted sum of adapters as one adapter; a single adapter at weight 1 is returned as it is.
 
-    Raises SodaMixError if there is nothing to mix or a weight is not finite.
+    Raises SodaMixError if there is nothing to mix, a weight is not finite, or spectra differ in length.
     """
     if not parts:
         raise SodaMixError("there is no adapter to mix; give at least one")
@@ -37,20 +37,27 @@ def mix(parts: Sequence[Part], name: str = "") -> Adapter:
             raise SodaMixError(f"the weight of {adapter.name!r} is {weight}; give a finite number")
     if len(parts) == 1 and parts[0][1] == 1:
         return parts[0][0]
-    ordered = sorted(parts, key=lambda part: (part[0].content_hash, part[1]))
+    # A part of weight 0 has no say in the form either, unless there is no other.
+    ordered = sorted([part for part in parts if part[1]] or parts, key=lambda part: (part[0].content_hash, part[1]))
     groups: dict[str, dict[tuple, list[tuple[Layer, float]]]] = {}
     for adapter, weight in ordered:
         for layer, terms in adapter.layers.items():
             for term in terms:
                 groups.setdefault(layer, {}).setdefault((term.decomposition, term.sizes), []).append((term, weight))
     layers = {
-        layer: tuple(_sum(forms[form]) for form in sorted(forms)) for layer, forms in sorted(groups.items())
+        layer: tuple(_sum(layer, forms[form]) for form in sorted(forms)) for layer, forms in sorted(groups.items())
     }
     return Adapter(layers, _metadata(parts), name or " + ".join(f"{a.name} x {w:g}" for a, w in parts))
 
 
-def _sum(terms: Sequence[tuple[Layer, float]]) -> Layer:
+def _sum(name: str, terms: Sequence[tuple[Layer, float]]) -> Layer:
     """The weighted sum of layers of one form, in the order given."""
+    lengths = {term.delta.numel() for term, _ in terms if term.delta is not None}
+    if len(lengths) > 1:
+        raise SodaMixError(
+            f"layer {name!r}: spectra of {' and '.join(map(str, sorted(lengths)))} numbers do not mix; they belong to "
+            "models of unlike architecture"
+        )
 
     def total(tensors: Sequence[Tensor | None]) -> Tensor | None:
         known = [(t.double(), w) for t, (_, w) in zip(tensors, terms, strict=True) if t is not None]

@@ -44,7 +44,8 @@ class StiefelAdam(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
         for group in self.param_groups:
             for bank in group["params"]:
-                if bank.dim() != 3 or bank.shape[1] != bank.shape[2] or bank.dtype not in (torch.float32, torch.float64):
+                square = bank.dim() == 3 and bank.shape[1] == bank.shape[2]
+                if not square or bank.dtype not in (torch.float32, torch.float64):
                     raise ValueError(
                         f"a parameter of shape {tuple(bank.shape)}, {bank.dtype} is no bank of square matrices; "
                         "StiefelAdam takes (B, n, n) in fp32"

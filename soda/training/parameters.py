@@ -21,7 +21,7 @@ from ..kronecker import factor_sizes, log_rotation, rotate, triangle
 
 
 class ShapeGroup(nn.Module):
-    """All weights of one shape: their base `(B, out, in)` fp32, its basis, their deltas, and where their factors are."""
+    """All weights of one shape: their base `(B, out, in)` fp32, its basis, deltas, and places of their factors."""
 
     def __init__(self, names: list[str], weights: Tensor, decomposition: Decomposition, factors: int):
         super().__init__()
@@ -66,6 +66,11 @@ class SodaParameters(nn.Module):
             raise SodaTrainingError("there is no weight to adapt; choose a model with attention layers")
         by_shape: dict[tuple[int, ...], list[str]] = {}
         for name, weight in weights.items():
+            if weight.dim() != 2 or not weight.numel() or not weight.isfinite().all():
+                raise SodaTrainingError(
+                    f"the weight {name!r} of shape {tuple(weight.shape)} is no matrix of finite numbers; load another "
+                    "model or leave this layer out"
+                )
             by_shape.setdefault(tuple(weight.shape), []).append(name)
         self.groups = nn.ModuleList(
             ShapeGroup(names, torch.stack([weights[name].detach().float() for name in names]), decomposition, factors)

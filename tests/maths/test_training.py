@@ -1,0 +1,197 @@
+"""Parameters and loop: identity at the start, the formula, its gradients, and a planted adapter that is found."""
+
+import math
+
+import pytest
+import torch
+
+from soda.adapt import adapt
+from soda.adapter import Adapter
+from soda.decomposition import decompose
+from soda.errors import SodaTrainingError
+from soda.fingerprint import sketch
+from soda.mixing import mix
+from soda.training.loop import TrainingSettings, schedule, train
+from soda.training.parameters import SodaParameters
+
+KINDS = ["lq", "svd", "qr", "none"]
+SHAPES = {"a": (12, 12), "b": (12, 20), "c": (20, 12), "d": (12, 12), "e": (7, 7), "f": (6, 320)}
+
+
+def weights(scale=0.3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+
+
+def bases(w, kind):
+    return {} if kind == "none" else {kind: decompose(w, kind)}
+
+
+def distance_to(targets):
+    return lambda adapted, step: sum((adapted[name] - targets[name]).square().sum() for name in targets)
+
+
+def trained(kind, steps=15, factors=3, rate=0.03):
+    """Parameters away from the identity, with deltas large enough to reach the floor of svd."""
+    parameters = SodaParameters(weights(), kind, factors)
+    targets = weights(0.1, seed=1)
+    train(parameters, distance_to(targets), TrainingSettings(steps, rate), lambda *_: None)
+    return parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("factors", [1, 2, 3, 5])
+def test_the_start_is_the_base_bit_for_bit(kind, factors):
+    base = weights()
+    adapted = SodaParameters(base, kind, factors)()
+    assert adapted.keys() == base.keys()
+    assert all(torch.equal(adapted[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_stored_is_what_was_trained(kind):
+    """forward() against adapt() on layers(): two independent paths from the numbers to the weight."""
+    parameters = trained(kind)
+    layers, adapted = parameters.layers(), parameters()
+    for name, base in weights().items():
+        again = adapt(base, layers[name], bases(base, kind))
+        assert torch.allclose(again, adapted[name], atol=1e-5)
+        assert not torch.allclose(again, base, atol=1e-2)
+
+
+def test_svd_stores_no_negative_singular_value():
+    parameters = SodaParameters(weights(), "svd")
+    with torch.no_grad():
+        for delta in parameters.spectra():
+            delta.fill_(-100.0)
+    for name, (layer,) in parameters.layers().items():
+        assert torch.equal(layer.delta, -decompose(weights()[name], "svd").spectrum)
+    assert all(w.abs().max() < 1e-5 for w in parameters().values())
+
+
+@pytest.mark.parametrize("kind", ["lq", "svd", "qr"])
+def test_sketches_are_of_the_stored_change(kind):
+    for name, (layer,) in trained(kind).layers().items():
+        still = Adapter({name: (layer,)}).layers[name][0]
+        rotation_free = type(still)(still.decomposition, still.delta, tuple(torch.zeros_like(x) for x in still.logs))
+        base = weights()[name]
+        change = adapt(base, [rotation_free], bases(base, kind)) - base
+        assert torch.allclose(layer.sketch, sketch(change), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_loss(kind):
+    """Central differences along random directions in all parameters."""
+    parameters = trained(kind, steps=2)
+    targets = weights(0.7)
+
+    def loss():
+        return sum((w.double() - targets[name].double()).pow(2).sum() for name, w in parameters().items())
+
+    loss().backward()
+    for values in (*parameters.rotations(), *parameters.spectra()):
+        direction = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+        slope, h, ends = (values.grad * direction).sum().item(), 2e-3, []
+        for sign in (1, -2):
+            with torch.no_grad():
+                values += sign * h * direction
+            ends.append(loss().item())
+        with torch.no_grad():
+            values += h * direction
+        assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=2e-2, abs=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_planted_adapter_is_found(kind):
+    base = weights()
+    planted = trained(kind, steps=10, rate=0.02).layers()
+    targets = {name: adapt(w, planted[name], bases(w, kind)) for name, w in base.items()}
+    parameters = SodaParameters(base, kind)
+    losses = train(parameters, distance_to(targets), TrainingSettings(150, 0.02), lambda *_: None)
+    assert losses[-1] < 1e-2 * losses[0]
+
+
+def test_training_never_writes_the_weights_given():
+    base = weights()
+    train(SodaParameters(base), distance_to(weights(0.5)), TrainingSettings(3), lambda *_: None)
+    assert all(torch.equal(base[name], w) for name, w in weights().items())
+
+
+def test_the_same_run_gives_the_same_tensors():
+    first, second = (Adapter(trained("lq").layers()) for _ in range(2))
+    assert first.content_hash == second.content_hash
+    assert mix([(first, 0.5), (second, 0.5)]).content_hash == first.content_hash
+
+
+def test_a_checkpoint_holds_the_trained_numbers_alone():
+    parameters = trained("svd")
+    state = parameters.state_dict()
+    assert sum(t.numel() for t in state.values()) == sum(p.numel() for p in parameters.parameters())
+    again = SodaParameters(weights(), "svd")
+    again.load_state_dict(state)
+    assert all(torch.equal(w, again()[name]) for name, w in parameters().items())
+
+
+def test_dead_directions_are_left_alone():
+    low = {"w": torch.randn(8, 3) @ torch.randn(3, 8)}
+    parameters = SodaParameters(low, "lq")
+    train(parameters, distance_to({"w": torch.randn(8, 8)}), TrainingSettings(5), lambda *_: None)
+    (layer,) = parameters.layers()["w"]
+    assert not layer.delta[3:].any() and layer.delta[:3].all()
+
+
+def test_steps_are_told_in_order():
+    told = []
+    losses = train(SodaParameters(weights()), distance_to(weights(0.5)), TrainingSettings(4), lambda *s: told.append(s))
+    assert told == list(enumerate(losses)) and losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_spares_the_parameters():
+    parameters = SodaParameters(weights())
+    before = {}
+
+    def loss(adapted, step):
+        before.update({name: value.clone() for name, value in parameters.state_dict().items()})
+        return distance_to(weights(0.5))(adapted, step) * (math.nan if step == 2 else 1.0)
+
+    with pytest.raises(SodaTrainingError, match="step 3.*learning rate"):
+        train(parameters, loss, TrainingSettings(9), lambda *_: None)
+    assert all(torch.equal(value, before[name]) for name, value in parameters.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_is_an_error_too():
+    with pytest.raises(SodaTrainingError, match="step 1"):
+        train(
+            SodaParameters(weights()),
+            lambda w, _: (w["a"] - w["a"].detach()).square().sum().sqrt(),
+            TrainingSettings(2),
+            lambda *_: None,
+        )
+
+
+def test_an_exception_of_the_caller_passes_through():
+    def stop(step, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SodaParameters(weights()), distance_to(weights()), TrainingSettings(5), stop)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}])
+def test_settings_out_of_range(bad):
+    with pytest.raises(SodaTrainingError, match=next(iter(bad))):
+        TrainingSettings(**bad)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(0, 4), torch.full((2, 2), math.nan)])
+def test_weights_that_cannot_be_trained(bad):
+    with pytest.raises(SodaTrainingError, match="'bad'"):
+        SodaParameters({"bad": bad})
+    with pytest.raises(SodaTrainingError, match="no weight"):
+        SodaParameters({})
+
+
+def test_the_schedule_rises_and_rests():
+    rates = [schedule(step, 200) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1, rel=0.01) and max(rates) > 0.98 and rates[-1] < 1e-3
+    assert schedule(0, 1) == 1.0
