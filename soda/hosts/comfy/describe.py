@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "SDXL": "stable-diffusion-xl-v1-base",
     "SDXLRefiner": "stable-diffusion-xl-v1-refiner",
     "SSD1B": "stable-diffusion-xl-v1-base",
+    "PlaygroundModel": "soda-playground",
 }
 THUMBNAIL_SIDE = 256
 
@@ -35,10 +36,14 @@ def architecture(patcher: ModelPatcher) -> str:
 
 
 def base_name(patcher: ModelPatcher) -> str:
-    """The checkpoint's file name without its ending, where its loader left it; else ComfyUI's name of the family."""
+    """The checkpoint's file name without its ending, where its loader left it; else ComfyUI's name of the family.
+
+    A file that is just called "model" goes by the name of its folder.
+    """
     source = patcher.cached_patcher_init
     if source is not None and source[1] and isinstance(source[1][0], str):
-        return os.path.splitext(os.path.basename(source[1][0]))[0]
+        path = Path(source[1][0])
+        return path.parent.name if path.stem == "model" else path.stem
     return type(patcher.model.model_config).__name__
 
 
