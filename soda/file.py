@@ -36,7 +36,7 @@ HEADER_LIMIT = 1 << 20  # ComfyUI's model sidebar reads no longer header
 HEADER_LIMIT_READ = 8 << 20  # a parser that is handed more would take memory without bounds
 LARGEST_LOG = 1000.0  # radians; beyond, exp(A) loses its digits, and training comes nowhere near
 TENSOR_LIMIT = 1 << 24  # numbers in one tensor: the triangle of a 5792 x 5792 factor
-NAME = re.compile(r"^(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>\d))$")
+NAME = re.compile(r"(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>[0-9]))")
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -156,17 +156,20 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
     version = metadata.get("soda.format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise SodaFileError(
-            f"{path}: the file has SODA format {version!r}, this version reads {FORMAT_VERSION!r}; update the node pack"
+            f"{path}: the file has SODA format {_short(version)}, this version reads {_short(FORMAT_VERSION)}; "
+            "update the node pack"
         )
 
 
 def _read(path: Path, file: safe_open) -> dict[str, dict[str, Tensor]]:
     """Tensors by layer and part, each checked for name, dtype, shape and finiteness, as fp32."""
     parts: dict[str, dict[str, Tensor]] = {}
-    for key in file.keys():  # noqa: SIM118
-        match = NAME.match(key)
+    keys = list(file.keys())
+    for key in keys:
+        match = NAME.fullmatch(key)
         if match is None:
-            hint = "it looks like a LoRA; load it with Load LoRA" if "lora" in key else "choose a SODA adapter"
+            lora = any("lora" in other for other in keys)
+            hint = "the file looks like a LoRA; load it with Load LoRA" if lora else "choose a SODA adapter"
             raise SodaFileError(f"{path}: tensor {_short(key)} is no part of a SODA adapter; {hint}")
         view = file.get_slice(key)
         dtype, shape = view.get_dtype(), tuple(view.get_shape())

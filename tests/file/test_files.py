@@ -167,6 +167,7 @@ def without(*names):
 NAN = torch.full((24,), float("nan"))
 WRONG = {
     "lora": ({"a.lora_up.weight": torch.zeros(4, 2)}, "a.lora_up.weight.*LoRA"),
+    "lora with alpha": ({"a.alpha": torch.ones(()), "a.lora_A.weight": torch.ones(2, 4)}, "a.alpha.*Load LoRA"),
     "stray": (good_tensors() | {"x.to_q.alpha": torch.zeros(1)}, "x.to_q.alpha"),
     "part": (good_tensors() | {"x.to_q.soda_lu": torch.zeros(3)}, "soda_lu"),
     "no tensors": ({}, "no SODA layer"),
@@ -200,7 +201,7 @@ def test_wrong_tensors_are_named(tmp_path, case):
 
 def test_a_newer_format_asks_for_an_update(tmp_path):
     save_file(good_tensors(), tmp_path / "f.safetensors", {"soda.format_version": "2"})
-    with pytest.raises(SodaFileError, match="'2'.*update"):
+    with pytest.raises(SodaFileError, match='"2".*update'):
         load(tmp_path / "f.safetensors")
 
 
