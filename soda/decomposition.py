@@ -87,6 +87,10 @@ def spectral_change(basis: Basis, delta: Tensor, shape: Sequence[int]) -> Tensor
         return scaled @ basis.right.to(scaled.dtype)
     if basis.decomposition == "lq":
         rows = delta[..., :, None] * basis.right
-        return F.pad(rows, (0, 0, 0, shape[-2] - rows.shape[-2]))
+        return _padded(rows, (0, 0, 0, shape[-2] - rows.shape[-2]))
     columns = basis.left * delta[..., None, :]
-    return F.pad(columns, (0, shape[-1] - columns.shape[-1]))
+    return _padded(columns, (0, shape[-1] - columns.shape[-1]))
+
+
+def _padded(x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    return F.pad(x, padding) if any(padding) else x  # F.pad copies even where there is nothing to add

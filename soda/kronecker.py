@@ -16,6 +16,7 @@ from torch import Tensor
 OFFICIAL_SIZES = {640: (8, 8, 10), 768: (6, 8, 16), 1280: (4, 16, 20), 2048: (4, 8, 64)}
 MAX_FACTORS = 5
 DENSE_DIMENSION = 256  # up to here one dense product is faster than one pass per factor
+DENSE_DIMENSION_CPU = 64
 
 
 @lru_cache(maxsize=1024)
@@ -88,13 +89,17 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     Factor by factor, without R: N sum(n_j) products per row instead of N^2. Each pass turns the last axis and moves
     it to the front, so that after r passes the axes stand as before. Small N goes through the dense R, which is faster.
     """
-    if math.prod(f.shape[-1] for f in factors) <= DENSE_DIMENSION:
+    shape, on_cpu = x.shape, x.device.type == "cpu"
+    if shape[-1] <= (DENSE_DIMENSION_CPU if on_cpu else DENSE_DIMENSION):
         return x @ kronecker(factors).mT
-    shape = x.shape
     for factor in reversed(factors):
         n = factor.shape[-1]
         x = x.reshape(*shape[:-1], -1, n)
-        x = (x.flatten(-3, -2) @ factor.mT).unflatten(-2, (shape[-2], -1)).mT
+        if on_cpu and n * n <= shape[-1]:
+            # One small product per row: twice as fast on a CPU, which feels the copies of the other way.
+            x = factor.unsqueeze(-3) @ x.mT
+        else:
+            x = (x.flatten(-3, -2) @ factor.mT).unflatten(-2, (shape[-2], -1)).mT
     return x.reshape(shape)
 
 
