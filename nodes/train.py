@@ -55,6 +55,7 @@ class SodaTrain(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Fixes the order of images, the noise and the noise levels.",
                 ),
                 io.Combo.Input(
