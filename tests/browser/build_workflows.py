@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import uuid
 from pathlib import Path
 
 from comfy_page import build_graph, open_browser, open_page, run_workflow
@@ -27,7 +28,7 @@ SAMPLING = {
 STEPS = 200
 SUBJECT_FILE, STYLE_FILE = "soda_subject.safetensors", "soda_style.safetensors"
 SUBJECT_PROMPT = "a sks monster on a gray background"
-MIX_PROMPT = "a sks monster on a gray background, hatch style"
+MIX_PROMPT = "a sks monster on a gray background, ohwx style"
 PHOTOS_PROMPT = "a photo of sks dog"
 GROUPS = {"blue": "#3f789e", "green": "#88aa88", "purple": "#9a6fb0", "brown": "#b58b2a"}
 WIDTH = 1480
@@ -50,8 +51,8 @@ An adapter that is not a file yet, straight from SODA Train or SODA Save, goes i
 *(wired)* gives it its weight. Wire the **adapter** output to SODA Save to keep the mix as one file."""
 
 TRAIN_NOTE = """# Train, save and use an adapter in one graph
-1. **SODA Playground Drawings** gives a few captioned drawings of one invented creature. Set *concept* to *style* to
-train a drawing style instead.
+1. **SODA Playground Drawings** gives five captioned drawings of an invented creature, *zib*. Set *concept* to *hatch* to
+train a drawing style instead (prompt: a red star on a gray background, ohwx style).
 2. **Make Training Dataset** (ComfyUI's own) encodes them; **SODA Train** learns. Step, loss and time left stand on the
 node; a few minutes on a CPU.
 3. **SODA Save** writes **output/loras/soda/my_subject_00001_.safetensors** and passes on what it reads back.
@@ -146,7 +147,7 @@ def mix_two() -> Workflow:
     return w
 
 
-def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, prompt: str, **settings) -> None:
+def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, words: str, prompt: str, **settings) -> None:
     """Dataset, training, saving and sampling with the file just saved, right of the first group."""
     data = w.node(
         "MakeTrainingDataset", (380, 310, 280, 110), images=images, texts=texts, vae=base("VAE"), clip=base("CLIP")
@@ -157,7 +158,7 @@ def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, prompt: s
     )  # fmt: skip
     w.node("LossGraphNode", (380, 490, 280, 300), loss=trained(LOSS), filename_prefix="soda_loss")
     saved = w.node(
-        "SodaSave", (1140, 310, 320, 190), adapter=trained(ADAPTER), filename_prefix=prefix, trigger_words="sks"
+        "SodaSave", (1140, 310, 320, 190), adapter=trained(ADAPTER), filename_prefix=prefix, trigger_words=words
     )
     mix = w.node("SodaMix", (1140, 570, 320, 220), model=base("MODEL"), clip=base("CLIP"),
                  **rows({"adapter_name": "(wired)", "weight": 1.0}), **{WIRED: saved(ADAPTER)})  # fmt: skip
@@ -171,10 +172,10 @@ def train_and_use() -> Workflow:
     w = Workflow("soda_3_train_and_use", ["SodaTrain", "SodaSave", "SodaMix", "PreviewImage", "KSampler"])
     w.note((0, 0, WIDTH, 200), "Read me", TRAIN_NOTE)
     base = w.node("SodaPlayground", (20, 310, 280, 90))
-    drawings = w.node("SodaPlaygroundDrawings", (20, 460, 280, 90), concept="subject")
+    drawings = w.node("SodaPlaygroundDrawings", (20, 460, 280, 90), concept="zib")
     w.node("PreviewImage", (20, 610, 280, 180), "The drawings", images=drawings("images"))
     w.group("1. Model and drawings", "blue", (0, 240, 320, 570))
-    train(w, base, drawings("images"), drawings("captions"), "my_subject", SUBJECT_PROMPT, steps=STEPS, role="subject")
+    train(w, base, drawings("images"), drawings("texts"), "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, role="subject")
     return w
 
 
@@ -188,7 +189,7 @@ def train_on_photos() -> Workflow:
         upscale_method="area", width=64, height=64, crop="center",
     )  # fmt: skip
     w.group("1. Model and photos", "blue", (0, 240, 320, 570))
-    train(w, base, small("IMAGE"), photos("texts"), "my_photos", PHOTOS_PROMPT, steps=STEPS, role="subject")
+    train(w, base, small("IMAGE"), photos("texts"), "my_photos", "sks dog", PHOTOS_PROMPT, steps=STEPS, role="subject")
     return w
 
 
@@ -226,6 +227,7 @@ def main() -> None:
             build_graph(page, workflow.nodes, workflow.groups)
             page.evaluate(FIT, [])
             graph = json.loads(page.evaluate("JSON.stringify(app.graph.serialize())"))
+            graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, workflow.name))  # the page makes a new one each time
             (FOLDER / f"{workflow.name}.json").write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
             if not args.no_run:
                 run_workflow(page, 900)
