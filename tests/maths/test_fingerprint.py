@@ -1,5 +1,7 @@
 """Hashes tell bases apart; sketches measure how wrong a change is."""
 
+import math
+
 import pytest
 import torch
 
@@ -48,3 +50,37 @@ def test_its_numbers_are_frozen():
 
 
 FROZEN = [-0.0086658, 0.0444404, 0.234817]
+
+
+def split_mix(counter):
+    """SplitMix64 of one counter, in Python's unbounded integers."""
+    mask = (1 << 64) - 1
+    x = (counter * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def naive_gaussian(width, seed):
+    count = 8 * width
+    uniform = [((split_mix(i + (seed << 40)) >> 11) + 0.5) / 2**53 for i in range(1, 2 * count + 1)]
+    numbers = [
+        math.sqrt(-2 * math.log(uniform[i])) * math.cos(2 * math.pi * uniform[count + i]) for i in range(count)
+    ]
+    return torch.tensor(numbers, dtype=torch.float64).reshape(8, width)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (40, 3)])
+def test_its_definition_written_out(shape):
+    d = normal(*shape)
+    expected = naive_gaussian(shape[0], 1) @ d.double() @ naive_gaussian(shape[1], 2).mT / 8
+    assert torch.allclose(sketch(d).double(), expected, atol=1e-5)
+
+
+def test_its_error_is_within_the_band():
+    """10 to 40 %: dense changes at the good end, changes of rank 1 at the bad one (1 standard deviation)."""
+    dense = torch.stack([sketch(d).norm() / d.norm() for d in (normal(320, 640, seed=s) for s in range(60))])
+    assert (dense - 1).abs().max() < 0.4 and dense.std() < 0.15
+    outer = [torch.outer(normal(320, seed=s), normal(640, seed=s + 100)) for s in range(60)]
+    thin = torch.stack([sketch(d).norm() / d.norm() for d in outer])
+    assert thin.std() < 0.4 and abs(thin.square().mean().sqrt() - 1) < 0.25

@@ -195,3 +195,18 @@ def test_the_schedule_rises_and_rests():
     rates = [schedule(step, 200) for step in range(200)]
     assert rates[0] == pytest.approx(0.1, rel=0.01) and max(rates) > 0.98 and rates[-1] < 1e-3
     assert schedule(0, 1) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_double_precision(kind):
+    """Every single derivative of every adapted weight, in fp64 and away from the identity."""
+    g = torch.Generator().manual_seed(3)
+    base = {name: torch.randn(shape, generator=g) for name, shape in {"a": (4, 6), "b": (6, 4), "c": (4, 6)}.items()}
+    parameters = SodaParameters(base, kind, 2).double()
+    names = [name for name, _ in parameters.named_parameters()]
+    point = [(p + 0.1 * torch.randn(p.shape, generator=g)).detach().requires_grad_() for p in parameters.parameters()]
+
+    def weights_of(*values):
+        return tuple(torch.func.functional_call(parameters, dict(zip(names, values, strict=True)), ()).values())
+
+    assert torch.autograd.gradcheck(weights_of, point, eps=1e-6, atol=1e-6, rtol=1e-6)
