@@ -24,9 +24,9 @@ from .workflow import load_prompt, node_ids, set_values
 WORKFLOWS = REPOSITORY / "example_workflows"
 LOAD, MIX, TRAIN = "soda_1_load_one_adapter", "soda_2_mix_two_adapters", "soda_3_train_and_use"
 SUBJECT_PROMPT = "a sks monster on a gray background"
-STYLE_PROMPT = "a red house on a gray background, hatch style"
-MIX_PROMPT = "a sks monster on a gray background, hatch style"
-SEED, COLUMNS = 7, 6
+STYLE_PROMPT = "a red star on a gray background, ohwx style"
+MIX_PROMPT = "a sks monster on a gray background, ohwx style"
+SEED, COLUMNS = 7, 4
 
 
 class Demo:
@@ -36,13 +36,13 @@ class Demo:
         self.client, self.output, self.status = client, output, status
         self.object_info = client.get_json("/object_info")
 
-    def train(self, role: str, prompt_text: str, trigger: str) -> str:
-        """Trains on the built-in drawings of the concept and saves -> the file's name as SODA Loader lists it."""
+    def train(self, role: str, concept: str, prompt_text: str, trigger: str) -> str:
+        """Trains on the built-in drawings of a concept and saves -> the file's name as SODA Loader lists it."""
         prompt = load_prompt(WORKFLOWS / f"{TRAIN}.json", self.object_info)
-        set_values(prompt, "SodaPlaygroundDrawings", concept=role)
+        set_values(prompt, "SodaPlaygroundDrawings", concept=concept)
         set_values(prompt, "SodaTrain", role=role)
         set_values(prompt, "SodaSave", filename_prefix=f"my_{role}", trigger_words=trigger)
-        self._set_sampling(prompt, prompt_text)
+        self._set_sampling(prompt, prompt_text, images=1)
         before = self._files()
         self._run(f"Training the {role}", prompt)
         new = [name for name in self._files() if name not in before]
@@ -66,13 +66,13 @@ class Demo:
         base, mixed = self._pictures(prompt, self._run("Sampling the base and the mix", prompt))
         return base, mixed
 
-    def _set_sampling(self, prompt: dict, text: str) -> None:
+    def _set_sampling(self, prompt: dict, text: str, images: int = COLUMNS) -> None:
         """The positive prompt is the one that is not empty."""
         for node in node_ids(prompt, "CLIPTextEncode"):
             if prompt[node]["inputs"]["text"]:
                 prompt[node]["inputs"]["text"] = text
         set_values(prompt, "KSampler", seed=SEED)
-        set_values(prompt, "EmptyLatentImage", batch_size=COLUMNS)
+        set_values(prompt, "EmptyLatentImage", batch_size=images)
 
     def _files(self) -> list[str]:
         definition = self.client.get_json("/object_info/SodaLoader")["SodaLoader"]["input"]["required"]["adapter_name"]
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace, status: Status) -> None:
                 log=log) as server, Client(server) as client:  # fmt: skip
         status.done(f"ComfyUI answers on {server.url} after {duration(time.monotonic() - started)}")
         demo = Demo(client, output, status)
-        subject = demo.train("subject", SUBJECT_PROMPT, "sks")
-        style = demo.train("style", STYLE_PROMPT, "hatch style")
+        subject = demo.train("subject", "zib", SUBJECT_PROMPT, "sks monster")
+        style = demo.train("style", "hatch", STYLE_PROMPT, "ohwx style")
         with_subject = demo.load(subject, SUBJECT_PROMPT)
         with_style = demo.load(style, STYLE_PROMPT)
         base, mixed = demo.mix(subject, style, MIX_PROMPT)
