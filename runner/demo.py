@@ -12,6 +12,9 @@ import time
 import webbrowser
 from pathlib import Path
 
+from playground.concepts import HELD_OUT_STYLES, STYLE_WORD, SUBJECT_WORD, SUBJECTS
+
+from . import figures
 from .client import Client, PromptFailed, Refused, Result
 from .environment import REPOSITORY
 from .errors import RunError, Stopped
@@ -23,9 +26,10 @@ from .workflow import load_prompt, node_ids, set_values
 
 WORKFLOWS = REPOSITORY / "example_workflows"
 LOAD, MIX, TRAIN = "soda_1_load_one_adapter", "soda_2_mix_two_adapters", "soda_3_train_and_use"
-SUBJECT_PROMPT = "a sks monster on a gray background"
-STYLE_PROMPT = "a red star on a gray background, ohwx style"
-MIX_PROMPT = "a sks monster on a gray background, ohwx style"
+SUBJECT, STYLE = next(iter(SUBJECTS)), HELD_OUT_STYLES[0]
+SUBJECT_PROMPT = f"a {SUBJECT_WORD} monster on a gray background"
+STYLE_PROMPT = f"a red star on a gray background, {STYLE_WORD} style"
+MIX_PROMPT = f"a {SUBJECT_WORD} monster on a gray background, {STYLE_WORD} style"
 SEED, COLUMNS = 7, 4
 
 
@@ -120,8 +124,8 @@ def run(options: argparse.Namespace, status: Status) -> None:
                 log=log) as server, Client(server) as client:  # fmt: skip
         status.done(f"ComfyUI answers on {server.url} after {duration(time.monotonic() - started)}")
         demo = Demo(client, output, status)
-        subject = demo.train("subject", "zib", SUBJECT_PROMPT, "sks monster")
-        style = demo.train("style", "hatch", STYLE_PROMPT, "ohwx style")
+        subject = demo.train("subject", SUBJECT, SUBJECT_PROMPT, f"{SUBJECT_WORD} monster")
+        style = demo.train("style", STYLE, STYLE_PROMPT, f"{STYLE_WORD} style")
         with_subject = demo.load(subject, SUBJECT_PROMPT)
         with_style = demo.load(style, STYLE_PROMPT)
         base, mixed = demo.mix(subject, style, MIX_PROMPT)
@@ -133,6 +137,7 @@ def run(options: argparse.Namespace, status: Status) -> None:
             Row("mix of both", MIX_PROMPT, mixed),
         ]
         write_sheet(rows, [f"seed {SEED}, image {column + 1}" for column in range(COLUMNS)], sheet)
+        status.done(f"\n{figures.table(rows, SUBJECT, STYLE)}")
         status.done(f"\nDone in {duration(time.monotonic() - started)}.")
         status.done(f"Contact sheet: {sheet}")
         status.done(f"Adapters:      {output / 'loras' / 'soda'} ({subject}, {style})")
