@@ -217,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--no-run", action="store_true", help="serialise only: no thumbnails")
+    parser.add_argument("--no-run", action="store_true", help="thumbnails of the graph alone, without pictures")
     args = parser.parse_args()
     with open_browser() as browser:
         for workflow in (make() for make in WORKFLOWS):
@@ -230,8 +230,8 @@ def main() -> None:
             graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, workflow.name))  # the page makes a new one each time
             (FOLDER / f"{workflow.name}.json").write_text(json.dumps(graph, indent=1) + "\n", encoding="utf-8")
             if not args.no_run:
-                run_workflow(page, 900)
-                (FOLDER / f"{workflow.name}.jpg").write_bytes(thumbnail(page, workflow.focus))
+                run_workflow(page, 3600)
+            (FOLDER / f"{workflow.name}.jpg").write_bytes(thumbnail(page, workflow.focus))
             page.close()
             print(workflow.name)
 

@@ -11,7 +11,7 @@ from runner.workflow import to_prompt
 
 FOLDER = Path(__file__).resolve().parents[2] / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-SHORT = {"KSampler": {"steps": 2}, "EmptyLatentImage": {"batch_size": 1}, "SodaTrain": {"steps": 3, "batch_size": 1}}
+SHORT = {"KSampler": {"steps": 1}, "EmptyLatentImage": {"batch_size": 1}, "SodaTrain": {"steps": 2, "batch_size": 1}}
 
 
 def test_there_are_four_templates_with_a_thumbnail_each():
