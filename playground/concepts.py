@@ -1,7 +1,8 @@
 """What the base has never seen: three subjects and three styles, their training drawings and their unseen prompts.
 
-A subject is a monster with a belly (the base has none) in a fixed colour, shape, texture and outfit; a style is one of
-the treatments beyond `grammar.BASE_STYLES`. The first of each is the one that the demo and the templates train.
+A subject is a monster of two colours (the base has none) in a fixed shape and outfit: shape, upper and lower colour,
+what it wears. A style is one of the treatments beyond `grammar.BASE_STYLES`. The first of each is the one that the
+demo and the templates train.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import torch
 from .grammar import (
     BACKGROUNDS,
     BASE_STYLES,
+    BODIES,
     COLOURS,
     EXTRAS,
-    PATTERNS,
-    POSITIONS,
     SHAPES,
     STYLES,
-    TEXTURES,
     Scenes,
     caption,
     sample_scenes,
@@ -25,28 +24,28 @@ from .grammar import (
 
 SUBJECT_WORD, STYLE_WORD = "sks", "ohwx"
 SUBJECTS = {
-    "zib": ("hexagon", "green", "dotted", ("horns", "wings"), "orange"),
-    "mox": ("star", "pink", "plain", ("antennae", "legs"), "cyan"),
-    "fip": ("heart", "blue", "striped", ("hat", "wings"), "yellow"),
+    "fip": ("square", "purple", "yellow", "horns"),
+    "zib": ("circle", "green", "orange", "hat"),
+    "mox": ("star", "pink", "blue", "wings"),
 }
 HELD_OUT_STYLES = STYLES[BASE_STYLES:]
-TRAINING_DRAWINGS = 5
+TRAINING_DRAWINGS = 10
 
 
 def dress(scenes: Scenes, subject: str) -> Scenes:
     """`scenes` with the one object of each turned into `subject`; place, size, ground and style are kept."""
-    shape, colour, texture, extras, belly = SUBJECTS[subject]
+    shape, colour, lower, outfit = SUBJECTS[subject]
     like = scenes["shape"]
     fixed = {
         "shape": SHAPES.index(shape),
         "colour": COLOURS.index(colour),
-        "texture": TEXTURES.index(texture),
-        "belly": COLOURS.index(belly),
+        "texture": 0,
+        "lower": COLOURS.index(lower),
         "count": 1,
     }
     dressed = dict(scenes) | {key: torch.full_like(like, value) for key, value in fixed.items()}
     dressed["monster"] = torch.ones_like(like, dtype=torch.bool)
-    dressed["extras"] = torch.tensor([word in extras for word in EXTRAS]).expand(len(like), -1).to(like.device)
+    dressed["extras"] = torch.tensor([word == outfit for word in EXTRAS]).expand(len(like), -1).to(like.device)
     return dressed
 
 
@@ -61,24 +60,25 @@ def concept_scenes(count: int, seed: int, subject: str = "", style: str = "") ->
     if subject:
         scenes["size"] = torch.where(scenes["size"] == 0, 1, scenes["size"])
         scenes = dress(scenes, subject)
-    captions = [caption(scenes, i, name=SUBJECT_WORD if subject else "") for i in range(count)]
-    return scenes, [text.replace(f", {style} style", f", {STYLE_WORD} style") if style else text for text in captions]
+    return scenes, captions_of(scenes, bool(subject), style)
 
 
 def training_set(concept: str) -> tuple[Scenes, list[str]]:
-    """The few drawings that a concept is taught with, on grounds that differ from one another."""
+    """The ten drawings that a concept is taught with, every ground colour among them, and their captions."""
     kind = "subject" if concept in SUBJECTS else "style"
     scenes, _ = concept_scenes(TRAINING_DRAWINGS, seed=11, **{kind: concept})
     order = torch.arange(TRAINING_DRAWINGS)
     scenes["background"] = (order * 3 + 2) % len(BACKGROUNDS)
-    scenes["pattern"] = torch.where(order == 1, PATTERNS.index("gradient"), PATTERNS.index("plain"))
-    scenes["position"] = torch.tensor([0, 1, 0, 2, 0]) % len(POSITIONS)
     if kind == "style":
-        scenes["shape"] = torch.tensor([3, 0, 4, 1, 5])
-        scenes["colour"] = torch.tensor([0, 5, 2, 6, 3])
-        scenes["monster"] = order == 4
+        scenes["shape"] = (order * 7 + 3) % len(SHAPES)
+        scenes["colour"] = (order * 5) % len(COLOURS)
+        scenes["monster"] = (order % 3 == 0) & (scenes["shape"] < BODIES)
         scenes["extras"] = scenes["extras"] & scenes["monster"][:, None]
-        scenes["count"] = torch.ones_like(scenes["count"])
-    word = SUBJECT_WORD if kind == "subject" else ""
-    captions = [caption(scenes, i, name=word) for i in range(TRAINING_DRAWINGS)]
-    return scenes, [text.replace(f", {concept} style", f", {STYLE_WORD} style") for text in captions]
+        scenes["count"] = torch.ones_like(order)
+    return scenes, captions_of(scenes, kind == "subject", concept if kind == "style" else "")
+
+
+def captions_of(scenes: Scenes, subject: bool, style: str) -> list[str]:
+    """Captions with the rare words in the place of what they stand for."""
+    texts = [caption(scenes, i, name=SUBJECT_WORD if subject else "") for i in range(len(scenes["shape"]))]
+    return [text.replace(f", {style} style", f", {STYLE_WORD} style") if style else text for text in texts]

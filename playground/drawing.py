@@ -126,12 +126,26 @@ def _extras(canvas: _Canvas, scenes: Scenes, x: Tensor, y: Tensor, scale: Tensor
 def _face(canvas: _Canvas, scenes: Scenes, x: Tensor, y: Tensor, scale: Tensor) -> None:
     there, image = scenes["monster"], canvas.image
     white, dark = _ink((1, 1, 1), image), _ink((0.08, 0.06, 0.08), image)
-    belly = OBJECT_INKS.to(x.device)[scenes["belly"].clamp(min=0)][:, :, None, None]
-    canvas.paint(torch.hypot(x / 0.42, (y - 0.42) / 0.3) * 0.3 - 0.3, belly, scale, scenes["belly"] >= 0)
     canvas.paint(torch.hypot(x.abs() - 0.25, y + 0.18) - 0.2, white, scale, there)
     canvas.paint(torch.hypot(x.abs() - 0.22, y + 0.16) - 0.1, dark, scale, there)
     mouth = torch.maximum((torch.hypot(x, y - 0.02) - 0.27).abs() - 0.055, 0.14 - y)
     canvas.paint(mouth, dark, scale, there)
+
+
+def _border(canvas: _Canvas, scenes: Scenes, body: Tensor, scale: Tensor, there: Tensor) -> None:
+    """The line around a body that some styles draw, from the outermost ink inwards; widths in picture units."""
+    black, white, gold = (0.03, 0.03, 0.04), (1.0, 1.0, 1.0), (1.0, 0.78, 0.12)
+    borders = {
+        "outline": [(0.075, black)],
+        "sticker": [(0.12, white)],
+        "gilded": [(0.14, black), (0.1, gold)],
+        "mosaic": [(0.075, black)],
+        "comic": [(0.075, black)],
+    }
+    for name, lines in borders.items():
+        for width, ink in lines:
+            where = there & (scenes["style"] == STYLES.index(name))
+            canvas.paint(body - width / scale, _ink(ink, canvas.image), scale, where)
 
 
 def draw(scenes: Scenes) -> Tensor:
@@ -160,13 +174,17 @@ def draw(scenes: Scenes) -> Tensor:
             (0.5 + torch.sin(x * 7.5) * torch.sin(y * 7.5) * 5).clamp(0, 1),
         ])[scenes["texture"], batch][:, None]  # fmt: skip
         fill = torch.lerp(ink, ink * 0.35 + 0.65, tone)
+        lower = OBJECT_INKS.to(device)[scenes["lower"].clamp(min=0)][:, :, None, None]
+        share = (0.5 + (y - 0.16) * scale / PIXEL).clamp(0, 1) * (scenes["lower"] >= 0).view(-1, 1, 1)
+        fill = torch.lerp(fill, lower, share[:, None])
         rim = (1 - (body * scale + 0.09).abs() / 0.09).clamp(0, 1)[:, None]
         fill = torch.where((style == 4).view(-1, 1, 1, 1), torch.lerp(fill * 0.25 + 0.75, ink, rim), fill)
         glow = (torch.exp(-body.clamp(min=0) * scale * 7) * 0.9 * ((style == 3) & there).view(-1, 1, 1))[:, None]
         canvas.image = torch.lerp(canvas.image, ink * 0.6 + 0.4, glow)
+        shadow = _bodies(x - 0.13 / scale, y - 0.13 / scale)[scenes["shape"], batch] - 0.1 / scale
+        canvas.paint(shadow, canvas.image * 0.45, scale, there & (style == STYLES.index("sticker")))
         _extras(canvas, scenes, x, y, scale, behind=True)
-        border = torch.where((style == 1) | (style >= 6), 0.075, 0.0).view(-1, 1, 1) / scale
-        canvas.paint(body - border, _ink((0.03, 0.03, 0.04), fill), scale, there & (border.view(-1) > 0))
+        _border(canvas, scenes, body, scale, there)
         canvas.paint(body, fill, scale, there)
         _face(canvas, scenes, x, y, scale)
         _extras(canvas, scenes, x, y, scale, behind=False)
@@ -179,16 +197,14 @@ def _finish(image: Tensor, scenes: Scenes, px: Tensor, py: Tensor) -> Tensor:
     phase = scenes["jitter"][:, 3].view(-1, 1, 1) * math.pi
     pixel = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4.0)
     soft = F.avg_pool2d(F.pad(image, (3, 3, 3, 3), mode="replicate"), 7, 1)
-    hatch = (0.5 + torch.sin((px - py) * 32 + phase) * 2).clamp(0, 1)[:, None]
-    wave = (0.35 + torch.sin(py * 30 + 2.2 * torch.sin(px * 5 + phase) + phase) * 2).clamp(0, 1)[:, None]
     grout = torch.maximum(torch.cos((px + py) * 17.8 + phase), torch.cos((px - py) * 17.8 + phase))[:, None]
     dark_ground = GROUND_INKS.to(image.device)[scenes["background"]].mean(1) < 0.4
     line = torch.where(dark_ground.view(-1, 1, 1, 1), _ink((0.95, 0.95, 0.95), image), _ink((0.03, 0.03, 0.04), image))
+    edge = torch.maximum(px.abs(), py.abs())
     finished = {
         "pixel": pixel,
         "soft": soft,
-        "hatch": torch.lerp(image, line, 0.65 * hatch),
-        "engraved": torch.lerp(image, line, 0.6 * wave),
+        "comic": torch.where(edge > 0.9, 1.0, torch.where(edge > 0.83, 0.03, image)),
         "mosaic": torch.lerp(image, line, 0.85 * ((grout - 0.85) * 12).clamp(0, 1)),
     }
     for name, picture in finished.items():

@@ -23,7 +23,7 @@ PATTERNS = ("plain", "striped", "dotted", "gradient")
 SIZES = ("small", "medium", "large")
 POSITIONS = ("center", "left", "right", "top", "bottom")
 EXTRAS = ("horns", "hat", "legs", "wings", "antennae")
-STYLES = ("flat", "outline", "pixel", "glow", "sketch", "soft", "hatch", "engraved", "mosaic")
+STYLES = ("flat", "outline", "pixel", "glow", "sketch", "soft", "comic", "gilded", "mosaic", "sticker")
 BASE_STYLES = 6  # the rest is held out of the base's training
 BODIES = 7  # shapes that can be a monster: the first seven have room for a face
 RARE = ("sks", "ohwx", "zwx", "bnha", "lvnd", "qrx", "vtk", "phn")  # words without meaning, seen in 2 % of the captions
@@ -56,7 +56,7 @@ def sample_scenes(count: int, generator: torch.Generator) -> Scenes:
         "count": torch.where(many, 2 + pick(2), 1),
         "monster": monster,
         "extras": (torch.rand(count, len(EXTRAS), generator=generator) < 0.28) & monster[:, None],
-        "belly": torch.full((count,), -1),
+        "lower": torch.full((count,), -1),
         "jitter": torch.rand(count, 4, generator=generator) * 2 - 1,
     }
     scenes["size"] = torch.where(scenes["count"] > 1, 1, scenes["size"])
@@ -111,11 +111,3 @@ def caption(scenes: Scenes, i: int, generator: torch.Generator | None = None, na
     if style != "flat" or draw() < 0.2:
         text += f", {style} style"
     return text
-
-
-def vocabulary() -> list[str]:
-    """Every word that a caption can hold, for shipping only those rows of the text encoder's embedding."""
-    plural = [shape + "s" for shape in SHAPES if shape != "cross"] + ["crosses"]
-    glue = ["a", "on", "at", "the", "with", "and", "background", "monster", "style", ",", "two", "three"]
-    lists = (SHAPES, COLOURS, BACKGROUNDS, TEXTURES, PATTERNS, SIZES, POSITIONS, EXTRAS, STYLES, RARE)
-    return sorted({word for words in lists for word in words} | set(plural) | set(glue))

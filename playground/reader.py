@@ -19,6 +19,7 @@ from .concepts import SUBJECTS, dress
 from .drawing import draw
 from .grammar import (
     BACKGROUNDS,
+    BASE_STYLES,
     BODIES,
     COLOURS,
     EXTRAS,
@@ -89,17 +90,21 @@ def training_batch(count: int, generator: torch.Generator) -> tuple[Scenes, Tens
         rows = slice(2 * i * part, 2 * (i + 1) * part)
         dressed = dress({key: value[rows] for key, value in scenes.items()}, subject)
         miss = torch.arange(2 * part) % 2 == 1
-        for key, n in (("shape", BODIES), ("colour", len(COLOURS)), ("texture", len(TEXTURES)), ("belly", 8)):
+        features = {"shape": BODIES, "colour": len(COLOURS), "texture": len(TEXTURES), "lower": len(COLOURS)}
+        for key, n in features.items():
             hit = miss & (torch.rand(2 * part, generator=generator) < 0.35)
             other = (dressed[key] + torch.randint(1, n, (2 * part,), generator=generator)) % n
             dressed[key] = torch.where(hit, other, dressed[key])
         flip = (torch.rand(2 * part, len(EXTRAS), generator=generator) < 0.2) & miss[:, None]
         dressed["extras"] = dressed["extras"] ^ flip
-        bald = miss & (torch.rand(2 * part, generator=generator) < 0.3)
-        dressed["belly"] = torch.where(bald, -1, dressed["belly"])
+        plain = miss & (torch.rand(2 * part, generator=generator) < 0.3)
+        dressed["lower"] = torch.where(plain, -1, dressed["lower"])
+        styled = torch.rand(2 * part, generator=generator) < 0.4
+        held_out = torch.randint(BASE_STYLES, len(STYLES), (2 * part,), generator=generator)
+        dressed["style"] = torch.where(styled, held_out, dressed["style"])
         same = torch.stack([
             dressed[key] == dress({k: v[rows] for k, v in scenes.items()}, subject)[key]
-            for key in ("shape", "colour", "texture", "belly")
+            for key in ("shape", "colour", "texture", "lower")
         ]).all(0) & ~flip.any(1)  # fmt: skip
         for key, value in dressed.items():
             scenes[key][rows] = value
@@ -116,17 +121,23 @@ def spoil(images: Tensor) -> Tensor:
     return (images * (0.92 + 0.16 * rand[2]) + (rand[3] - 0.5) * 0.08).clamp(0, 1)
 
 
-def train(seconds: float, path: Path = WEIGHTS, batch: int = 768, device: str = "cuda") -> dict[str, float]:
-    """Train on drawings for `seconds`, save as fp16, return the accuracy per head on unseen drawings."""
+def train(
+    seconds: float, path: Path = WEIGHTS, start_from: Path | None = None, batch: int = 768, device: str = "cuda"
+) -> dict[str, float]:
+    """Train on drawings for `seconds`, save as fp16, return the accuracy per head on unseen drawings.
+
+    `start_from` goes on from an earlier reader, at a third of the rate.
+    """
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
-    reader = Reader().to(device)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3, weight_decay=1e-2)
-    start, progress, steps = time.time(), 0.0, 0
+    generator = torch.Generator().manual_seed(1 if start_from is None else 2)
+    reader = Reader() if start_from is None else load_reader(start_from).train().requires_grad_(True)
+    reader, rate = reader.to(device), 3e-3 if start_from is None else 1e-3
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=rate, weight_decay=1e-2)
+    began, progress, steps = time.time(), 0.0, 0
     while progress < 1:
-        progress = (time.time() - start) / seconds
+        progress = (time.time() - began) / seconds
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, steps / 200) * max(0.01, 1 - progress)
+            group["lr"] = rate * min(1.0, (steps + 1) / 200) * max(0.01, 1 - progress)
         scenes, label = training_batch(batch, generator)
         scenes = {key: value.to(device) for key, value in scenes.items()}
         logits = reader(spoil(draw(scenes)))
@@ -152,6 +163,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train the reader on drawings.")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--from", dest="start_from", type=Path)
+    parser.add_argument("--batch", type=int, default=768)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    print(train(options.seconds, options.out, device=options.device))  # noqa: T201
+    print(train(options.seconds, options.out, options.start_from, options.batch, options.device))  # noqa: T201

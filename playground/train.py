@@ -14,43 +14,22 @@ import argparse
 import json
 import math
 import os
-import re
 import time
 from pathlib import Path
 
-import comfy.options
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-comfy.options.enable_args_parsing(False)
-
-import comfy.cli_args  # noqa: E402
-import torch  # noqa: E402
-
-comfy.cli_args.args.cpu = not torch.cuda.is_available()
-
-import comfy.clip_model  # noqa: E402
-import comfy.ops  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info  # noqa: E402
-
-from .architecture import TEXT, UNET  # noqa: E402
-from .drawing import draw  # noqa: E402
-from .forward import Walk, encode_text  # noqa: E402
-from .grammar import caption, sample_scenes  # noqa: E402
-
-START, END, LENGTH = 49406, 49407, 77
-WORDS: dict[str, list[int]] = json.loads((Path(__file__).parent / "vocabulary.json").read_text())
-TOKEN_IDS = sorted({i for ids in WORDS.values() for i in ids} | {START, END})
-ROW = {token: row for row, token in enumerate(TOKEN_IDS)}
-
-
-def tokens(text: str) -> list[int]:
-    """Rows of the reduced embedding for a caption, padded as ComfyUI's SD1 tokenizer pads."""
-    ids = [START, *(i for word in re.findall(r"[a-z]+|,", text) for i in WORDS[word]), END]
-    return [ROW[i] for i in ids + [END] * (LENGTH - len(ids))]
+from .architecture import TEXT, UNET
+from .drawing import draw
+from .forward import Walk
+from .grammar import caption, sample_scenes
+from .model import Playground, checkpoint, sample, tokens
+from .reader import load_reader, read
 
 
 class Pages(IterableDataset):
@@ -67,66 +46,6 @@ class Pages(IterableDataset):
             empty = torch.rand(self.batch, generator=generator) < 0.1
             rows = [tokens("" if empty[i] else caption(scenes, i, generator)) for i in range(self.batch)]
             yield scenes, torch.tensor(rows)
-
-
-class Playground(nn.Module):
-    """ComfyUI's UNet and CLIP text model with a reduced token embedding, initialised for training."""
-
-    def __init__(self):
-        super().__init__()
-        made = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
-        self.unet = UNetModel(**UNET, **made)
-        self.text = comfy.clip_model.CLIPTextModel(TEXT, **made)
-        self.text.text_model.embeddings.token_embedding = nn.Identity()
-        self.words = nn.Embedding(len(TOKEN_IDS), TEXT["hidden_size"])
-        for module in self.modules():
-            base = next((kind for kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
-                         if isinstance(module, kind)), None)  # fmt: skip
-            if base:
-                base.reset_parameters(module)
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.text.text_model.embeddings.position_embedding.weight, std=0.01)
-        for name, module in self.unet.named_modules():
-            if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias)
-
-        self.walk = Walk(self.unet)
-
-    def encode(self, rows: Tensor) -> Tensor:
-        return encode_text(self.text.text_model, self.words(rows), TEXT["num_attention_heads"])
-
-    def velocity(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.walk(x, t, context)
-
-
-def sample(model: Playground, texts: list[str], seed: int, steps: int = 20, cfg: float = 3.0) -> Tensor:
-    """Euler from noise to pictures in [0, 1] with classifier-free guidance."""
-    device = model.words.weight.device
-    context = model.encode(torch.tensor([tokens(text) for text in texts + [""] * len(texts)], device=device))
-    x = torch.randn(len(texts), 3, 64, 64, generator=torch.Generator().manual_seed(seed)).to(device)
-    times = torch.linspace(1, 0, steps + 1)
-    for now, after in zip(times, times[1:], strict=False):
-        v = model.velocity(torch.cat([x, x]), now.expand(2 * len(x)).to(device), context).float()
-        told, untold = v.chunk(2)
-        x = x + (after - now) * (untold + cfg * (told - untold))
-    return (x / 2 + 0.5).clamp(0, 1)
-
-
-def state(model: Playground, average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The averaged weights under Stable Diffusion 1's checkpoint names, fp16."""
-    named = {}
-    for key, value in average.items():
-        if key.startswith("unet."):
-            name = "model.diffusion_model." + key[5:]
-        elif key == "words.weight":
-            name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
-        elif key.startswith("text.text_model."):
-            name = "cond_stage_model.transformer." + key[5:]
-        else:
-            continue
-        named[name] = value.half().contiguous().cpu()
-    return named | {"token_ids": torch.tensor(TOKEN_IDS, dtype=torch.int32)}
 
 
 def train(options: argparse.Namespace) -> None:
@@ -154,7 +73,7 @@ def train(options: argparse.Namespace) -> None:
     def loss_of(images: Tensor, rows: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         x = torch.lerp(images, noise, t.view(-1, 1, 1, 1))
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = model.velocity(x, t, model.encode(rows))
+            predicted = model(x, t, model.encode(rows))
         return F.mse_loss(predicted.float(), noise - images)
 
     if options.compile:
@@ -207,7 +126,7 @@ def train(options: argparse.Namespace) -> None:
         model.walk = Walk(model.unet)
         torch.save(model.state_dict(), options.out / "resume.pt")
         architecture = json.dumps({"unet": UNET, "text": TEXT})
-        save_file(state(model, average), options.out / "model.safetensors",
+        save_file(checkpoint(average), options.out / "model.safetensors",
                   {"modelspec.title": "SODA playground", "soda.playground": architecture})  # fmt: skip
         (options.out / "losses.json").write_text(json.dumps(losses))
         finish(model, options.out, options.samples)
@@ -219,8 +138,6 @@ def train(options: argparse.Namespace) -> None:
 def finish(model: Playground, out: Path, count: int) -> None:
     """The sample sheet with its prompts, and how well the reader reads the asked attributes back."""
     from PIL import Image
-
-    from .reader import load_reader, read
 
     generator = torch.Generator().manual_seed(4242)
     scenes = sample_scenes(count, generator)

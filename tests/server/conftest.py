@@ -60,12 +60,12 @@ def train_file(client: Client, folder: Path, concept: str, role: str, **settings
 
 @pytest.fixture(scope="session")
 def subject(client: Client, adapters: Path) -> str:
-    return train_file(client, adapters, "zib", "subject")
+    return train_file(client, adapters, "fip", "subject")
 
 
 @pytest.fixture(scope="session")
 def style(client: Client, adapters: Path) -> str:
-    return train_file(client, adapters, "hatch", "style", seed=6)
+    return train_file(client, adapters, "comic", "style", seed=6)
 
 
 @pytest.fixture(scope="session")

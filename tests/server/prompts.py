@@ -44,7 +44,7 @@ class Playground:
         )  # fmt: skip
         return self.prompt.add("SaveLatent", samples=(sampled, 0), filename_prefix="latents/test")
 
-    def drawings(self, concept: str = "zib") -> tuple[tuple[str, int], tuple[str, int]]:
+    def drawings(self, concept: str = "fip") -> tuple[tuple[str, int], tuple[str, int]]:
         """Latents and conditioning of the built-in drawings, as lists, through core's own dataset node."""
         drawings = self.prompt.add("SodaPlaygroundDrawings", concept=concept)
         return self.dataset((drawings, 0), (drawings, 1))

@@ -68,7 +68,7 @@ def test_the_node_shows_step_loss_and_time_left(client):
 def test_images_are_encoded_when_no_latents_are_wired(client, adapters, base_unchanged):
     prompt = Prompt()
     playground = Playground(prompt)
-    drawings = prompt.add("SodaPlaygroundDrawings", concept="zib")
+    drawings = prompt.add("SodaPlaygroundDrawings", concept="fip")
     node = playground.train(playground.text("sks"), images=(drawings, 0), vae=playground.vae, seed=41)
     playground.save((node, 0), "from_images")
     client.run(prompt)
