@@ -5,7 +5,6 @@ level has modules of the same names. Whatever cannot run is a failure that names
 """
 
 import os
-import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
@@ -45,6 +44,7 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
     for line in installed:
         status.done(line)
 
+    options, chosen = _split(pytest_arguments)
     problems = _unlisted_folders()
     if process.run(environment.python, ["-m", "ruff", "check", str(REPOSITORY)], environment=variables) != 0:
         problems.append("ruff: see its findings above")
@@ -53,8 +53,14 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
         if rung == "browser" and not with_browser:
             status.done("\n== browser: left out, as asked (--no-browser)")
             continue
-        problem = _run_rung(environment, variables, rung, folders, pytest_arguments, counts, status)
-        problems += [problem] if problem else []
+        targets = [TESTS / folder for folder in folders]
+        if chosen:
+            targets = [path for path in chosen if any(target in (path, *path.parents) for target in targets)]
+        if targets:
+            problem = _run_rung(environment.python, variables, rung, targets, options, counts, status)
+            problems += [problem] if problem else []
+    if not counts:
+        problems.append("no test was run; check the arguments that went to pytest")
 
     status.done(f"\n== {counts['passed']} passed, {counts['failed']} failed in {duration(time.monotonic() - started)}")
     for problem in problems:
@@ -65,8 +71,7 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
 def provide_tools(environment: Environment, status: Status) -> Path:
     """pytest and its like in a cache folder of their own, so that no ComfyUI environment is ever changed."""
     folder = cache.cache_folder()
-    version = "{}.{}".format(*sys.version_info[:2])
-    tools = folder / f"tools-python{version}-{cache.key(TOOLS.read_text(), str(environment.python))}"
+    tools = folder / f"tools-{cache.key(TOOLS.read_text(), str(environment.python))}"
     if not cache.is_complete(tools):
         with cache.lock(folder, status):
             if not cache.is_complete(tools):
@@ -77,43 +82,42 @@ def provide_tools(environment: Environment, status: Status) -> Path:
     return tools
 
 
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The reader's arguments -> pytest's options, and the files or folders to run instead of everything."""
+    paths = [argument for argument in arguments if Path(argument.split("::")[0]).exists()]
+    return [argument for argument in arguments if argument not in paths], [Path(path).absolute() for path in paths]
+
+
 def _run_rung(
-    environment: Environment,
+    python: Path,
     variables: dict[str, str],
     rung: str,
-    folders: Sequence[str],
-    arguments: Sequence[str],
+    targets: Sequence[Path],
+    options: Sequence[str],
     counts: Counter,
     status: Status,
 ) -> str | None:
     """One pytest process -> None, or what went wrong in one line; adds to `counts`."""
-    status.done(f"\n== {rung}: tests/{', tests/'.join(folders)}")
-    missing = [folder for folder in folders if not (TESTS / folder).is_dir()]
-    if missing:
-        return f"{rung}: tests/{missing[0]} is missing; take a complete clone"
+    status.done(f"\n== {rung}: {', '.join(str(target.relative_to(REPOSITORY)) for target in targets)}")
     with tempfile.TemporaryDirectory(prefix="soda-tests-") as scratch:
         report = Path(scratch) / "report.xml"
-        command = ["-m", "pytest", "-q", f"--junit-xml={report}", *arguments]
-        command += [str(TESTS / folder) for folder in folders]
+        command = ["-m", "pytest", "-q", f"--junit-xml={report}", *options, *map(str, targets)]
         try:
-            limit = 60 * RUNG_MINUTES
-            code = process.run(environment.python, command, environment=variables, cwd=scratch, timeout=limit)
+            code = process.run(python, command, environment=variables, cwd=scratch, timeout=60 * RUNG_MINUTES)
         except process.TimeoutExpired:
             return f"{rung}: did not end within {RUNG_MINUTES} minutes and was stopped"
-        if code == 5 and arguments:
-            return None  # the reader's own choice (-k ...) left nothing here
         seen, skipped = _read(report)
     counts.update(seen)
     if skipped:
         return f"{rung}: {len(skipped)} skipped, which counts as failed here: {'; '.join(skipped)}"
-    if code == 5:
+    if code == 5 and not options:
         return f"{rung}: no test was found; take a complete clone"
-    return f"{rung}: pytest ended with code {code}" if code else None
+    return f"{rung}: pytest ended with code {code}" if code not in (0, 5) else None
 
 
 def _read(report: Path) -> tuple[Counter, list[str]]:
     """pytest's JUnit report -> counts of passed and failed, and the reason of each skip."""
-    counts, skipped = Counter(passed=0, failed=0), []
+    counts, skipped = Counter(), []
     if not report.is_file():
         return counts, skipped
     for case in ElementTree.parse(report).iter("testcase"):
