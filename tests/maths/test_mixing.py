@@ -127,3 +127,12 @@ def test_metadata_keeps_what_agrees_and_lists_the_parts():
     assert mixed.metadata["modelspec.merged_from"] == "adapter 1, adapter 2"
     assert mixed.metadata["modelspec.trigger_phrase"] == "sks, in hatch style"
     assert mix([(one, 0.5), (one, 0.2)]).role == "subject"
+
+
+def test_no_order_changes_a_bit_where_it_would_change_all():
+    """1 + 2^60 - 2^60 is 1 or 0, by the order of the sum."""
+    parts = [
+        (Adapter({"a": (Layer("lq", torch.tensor([value]), (torch.tensor([value]),)),)}), 1.0)
+        for value in (1.0, 2.0**60, -(2.0**60), 3.0)
+    ]
+    assert len({mix(order).content_hash for order in itertools.permutations(parts)}) == 1

@@ -210,3 +210,13 @@ def test_gradients_in_double_precision(kind):
         return tuple(torch.func.functional_call(parameters, dict(zip(names, values, strict=True)), ()).values())
 
     assert torch.autograd.gradcheck(weights_of, point, eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+def test_what_is_stored_for_dead_directions_is_zero():
+    """Whatever an optimizer's momentum or a checkpoint left in them."""
+    g = torch.Generator().manual_seed(5)
+    parameters = SodaParameters({"w": torch.randn(8, 3, generator=g) @ torch.randn(3, 8, generator=g)}, "svd")
+    with torch.no_grad():
+        parameters.spectra()[0].fill_(0.25)
+    (layer,) = parameters.layers()["w"]
+    assert layer.delta.tolist() == [0.25] * 3 + [0.0] * 5
