@@ -204,6 +204,8 @@ FIT = """(types) => { const nodes = app.graph.nodes.filter((n) => types.length =
 
 def thumbnail(page: Page, types: list[str]) -> bytes:
     """A JPEG of the canvas around the nodes of these types, as the template browser shows it."""
+    for name in ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo", "Comfy.Graph.CanvasMenu"):
+        page.evaluate("(name) => app.extensionManager.setting.set(name, false)", name)
     page.evaluate("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
     page.evaluate(FIT, types)
     page.wait_for_timeout(1500)
