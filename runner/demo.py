@@ -137,11 +137,11 @@ def run(options: argparse.Namespace, status: Status) -> None:
             Row("mix of both", MIX_PROMPT, mixed),
         ]
         write_sheet(rows, [f"seed {SEED}, image {column + 1}" for column in range(COLUMNS)], sheet)
-        status.done(f"\n{figures.table(rows, SUBJECT, STYLE)}")
         status.done(f"\nDone in {duration(time.monotonic() - started)}.")
         status.done(f"Contact sheet: {sheet}")
         status.done(f"Adapters:      {output / 'loras' / 'soda'} ({subject}, {style})")
         status.done(f"Server log:    {log}")
+        status.done(f"\n{figures.table(rows, SUBJECT, STYLE)}")
         if options.keep:
             keep(server, client, status)
 

@@ -17,6 +17,7 @@ from playground.concepts import SUBJECTS
 from playground.grammar import STYLES
 from playground.reader import load_reader, read
 
+from .errors import RunError
 from .sheet import Row
 
 COMMITTED = Path(__file__).resolve().parents[1] / "playground" / "results" / "demo_figures.json"
@@ -24,6 +25,8 @@ COMMITTED = Path(__file__).resolve().parents[1] / "playground" / "results" / "de
 
 def table(rows: Sequence[Row], subject: str, style: str) -> str:
     """One line a row: in how many pictures the reader sees the subject and the style, here and in the committed run."""
+    if not COMMITTED.is_file():
+        raise RunError(f"{COMMITTED} is missing, so there is nothing to compare with: take a complete clone.")
     committed = json.loads(COMMITTED.read_text())
     reader = load_reader()
     lines = [f"{'read back from the pictures':<28}{'subject seen':>24}{'style seen':>24}"]
