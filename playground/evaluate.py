@@ -26,6 +26,7 @@ from torch.func import functional_call
 from soda.adapt import adapt
 from soda.adapter import Adapter
 from soda.decomposition import decompose
+from soda.file import load as load_file
 from soda.mixing import mix
 from soda.training.loop import TrainingSettings, schedule
 from soda.training.loop import train as train_soda
@@ -59,7 +60,8 @@ class Run:
 class Bench:
     """The model on a device, and the measures."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, steps: int = 20):
+        self.steps = steps  # of sampling; below 20 in bf16 as well, for CPUs
         self.device = torch.device(device)
         self.model: Playground = load().to(self.device)
         self.reader = load_reader().to(self.device)
@@ -112,8 +114,8 @@ class Bench:
 
     @torch.no_grad()
     def samples(self, weights: Mapping[str, Tensor], captions: list[str], seed: int) -> Tensor:
-        with _swapped(self.model, weights):
-            return sample(self.model, captions, seed)
+        with _swapped(self.model, weights), torch.autocast(self.device.type, torch.bfloat16, enabled=self.steps < 20):
+            return sample(self.model, captions, seed, self.steps)
 
     @torch.no_grad()
     def held_out(self, weights: Mapping[str, Tensor], subject: str = "", style: str = "") -> Tensor:
@@ -199,6 +201,35 @@ def evaluate_mix(bench: Bench, subject: str, style: str, key: str, out: Path) ->
     return row
 
 
+def judge_files(bench: Bench, subject_file: Path, style_file: Path) -> dict[str, dict[str, float]]:
+    """What shipped or trained adapter files show, by the rows of the demo's contact sheet.
+
+    Prompts of the mix are those of base and mix; the adapters alone get their own concept's.
+    """
+    prefix = "diffusion_model."
+    subject, style = (load_file(path) for path in (subject_file, style_file))
+
+    def applied(adapter: Adapter) -> Weights:
+        layers = {f"unet.{name.removeprefix(prefix)}.weight": terms for name, terms in adapter.layers.items()}
+        kinds = {term.decomposition for terms in layers.values() for term in terms} - {"none"}
+        return {k: adapt(w, layers[k], {kind: decompose(w, kind) for kind in kinds}) for k, w in bench.base.items()}
+
+    concepts = {"subject": next(iter(SUBJECTS)), "style": HELD_OUT_STYLES[0]}
+    alone = [applied(adapter) for adapter in (subject, style)]
+    ways = {
+        "base": ({}, concepts),
+        "subject adapter": (alone[0], {"subject": concepts["subject"]}),
+        "style adapter": (alone[1], {"style": concepts["style"]}),
+        "mix of both": (applied(mix([(subject, 1.0), (style, 1.0)])), concepts),
+        "plain sum": ({k: alone[0][k] + alone[1][k] - w for k, w in bench.base.items()}, concepts),
+    }
+    rows = {}
+    for name, (weights, shown) in ways.items():
+        rows[name] = {"subject": 0.0, "style": 0.0} | bench.judge(weights, **shown)
+        print(name, rows[name], flush=True)
+    return rows
+
+
 def work(rank: int, jobs: int, tasks: list, out: Path) -> None:
     torch.set_num_threads(2)
     count = torch.cuda.device_count()
@@ -229,8 +260,14 @@ def main() -> None:
     parser.add_argument("--full-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])
     parser.add_argument("--concepts", nargs="+", default=[*SUBJECTS, *HELD_OUT_STYLES])
+    parser.add_argument("--files", type=Path, nargs=2, metavar=("SUBJECT", "STYLE"), help="judge these adapters only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.files:
+        bench = Bench("cuda") if torch.cuda.is_available() else Bench("cpu", steps=10)
+        rows = judge_files(bench, *options.files)
+        (options.out / "demo_figures.json").write_text(json.dumps(rows, indent=1) + "\n")
+        return
     settings = [(method, rate, steps, batch) for steps in options.steps for batch in options.batch
                 for method in options.methods
                 for rate in (options.full_rates if method == "full" else options.rates)]  # fmt: skip

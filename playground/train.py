@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -128,17 +129,37 @@ def train(options: argparse.Namespace) -> None:
         architecture = json.dumps({"unet": UNET, "text": TEXT})
         save_file(checkpoint(average), options.out / "model.safetensors",
                   {"modelspec.title": "SODA playground", "soda.playground": architecture})  # fmt: skip
-        (options.out / "losses.json").write_text(json.dumps(losses))
+        plot(losses, options.out / "loss.png")
         finish(model, options.out, options.samples)
     if world > 1:
         dist.destroy_process_group()
 
 
+def plot(losses: list[tuple[int, float]], path: Path) -> None:
+    """The loss over the steps, logarithmic, as a PNG."""
+    width, height, margin = 720, 360, 48
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    low, high = (math.log10(limit(loss for _, loss in losses)) for limit in (min, max))
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = margin + (width - 2 * margin) * step / losses[-1][0]
+        return x, margin + (height - 2 * margin) * (high - math.log10(loss)) / (high - low)
+
+    for loss in (0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        if low <= math.log10(loss) <= high:
+            y = place(0, loss)[1]
+            pen.line([(margin, y), (width - margin, y)], fill="#dddddd")
+            pen.text((8, y - 6), f"{loss:g}", fill="black")
+    pen.line([place(*point) for point in losses], fill="#2040c0", width=2)
+    pen.text((margin, 12), "velocity error, running mean", fill="black")
+    pen.text((width - 150, height - 24), f"{losses[-1][0]} steps", fill="black")
+    picture.save(path)
+
+
 @torch.no_grad()
 def finish(model: Playground, out: Path, count: int) -> None:
     """The sample sheet with its prompts, and how well the reader reads the asked attributes back."""
-    from PIL import Image
-
     generator = torch.Generator().manual_seed(4242)
     scenes = sample_scenes(count, generator)
     texts = [caption(scenes, i) for i in range(count)]
