@@ -37,7 +37,10 @@ def _demo(found: environment.Environment, options: argparse.Namespace) -> int:
     """The demo needs ComfyUI's packages (aiohttp, PIL), so it runs in ComfyUI's Python."""
     arguments = ["--path", str(environment.REPOSITORY), "-m", "runner.demo", "--comfyui", str(found.comfyui)]
     arguments += ["--output", str(Path.cwd() / "soda-demo"), "--port", str(options.port)]
-    return process.run(found.python, [*arguments, *(["--keep"] if options.keep else [])])
+    code = process.run(found.python, [*arguments, *(["--keep"] if options.keep else [])])
+    if code < 0:
+        raise RunError(f"The demo was killed (signal {-code}), from outside or because the memory ran out.")
+    return code
 
 
 def end_on_signals() -> None:
