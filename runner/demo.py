@@ -77,6 +77,7 @@ class Demo:
                 prompt[node]["inputs"]["text"] = text
         set_values(prompt, "KSampler", seed=SEED)
         set_values(prompt, "EmptyLatentImage", batch_size=images)
+        set_values(prompt, "ImageScaleBy", scale_by=1.0)  # the pixels of the model itself
 
     def _files(self) -> list[str]:
         definition = self.client.get_json("/object_info/SodaLoader")["SodaLoader"]["input"]["required"]["adapter_name"]
@@ -84,8 +85,8 @@ class Demo:
 
     def _pictures(self, prompt: dict, result: Result) -> list[list[bytes]]:
         """One list of pictures per preview of a sampler, in the workflow's order."""
-        decoded = node_ids(prompt, "VAEDecode")
-        previews = [n for n in node_ids(prompt, "PreviewImage") if prompt[n]["inputs"]["images"][0] in decoded]
+        enlarged = node_ids(prompt, "ImageScaleBy")
+        previews = [n for n in node_ids(prompt, "PreviewImage") if prompt[n]["inputs"]["images"][0] in enlarged]
         return [[self.client.view(image) for image in result.images(node)] for node in previews]
 
     def _run(self, what: str, prompt: dict) -> Result:
