@@ -112,8 +112,12 @@ def sampling(w: Workflow, top: int, title: str, clip, vae, prompt: str, models: 
             negative=negative("CONDITIONING"), latent_image=latent("LATENT"),
         )  # fmt: skip
         image = w.node("VAEDecode", (x, y + 350, 260, 80), samples=sampled("LATENT"), vae=vae)
-        w.node("PreviewImage", (x + 280, y, 260, 430), name, images=image("IMAGE"))
-    w.group(title, "purple", (0, top, WIDTH, 560))
+        large = w.node(
+            "ImageScaleBy", (x, y + 490, 260, 100), "Enlarge to see it", image=image("IMAGE"),
+            upscale_method="nearest-exact", scale_by=4.0,
+        )  # fmt: skip
+        w.node("PreviewImage", (x + 280, y, 260, 590), name, images=large("IMAGE"))
+    w.group(title, "purple", (0, top, WIDTH, 700))
 
 
 def load_one() -> Workflow:
