@@ -5,7 +5,6 @@ Train a subject, train a style (each saved and read back), load each alone, mix 
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -174,8 +173,6 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--keep", action="store_true")
     end_on_signals()
-    if hasattr(signal, "SIGINT"):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = Status()
     try:
         run(parser.parse_args(), status)

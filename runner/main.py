@@ -44,7 +44,10 @@ def _demo(found: environment.Environment, options: argparse.Namespace) -> int:
 
 
 def end_on_signals() -> None:
-    """SIGTERM and a closed terminal unwind the stack, so that children are stopped."""
+    """SIGTERM, a closed terminal and Ctrl-C unwind the stack, so that children are stopped.
+
+    Ctrl-C too is set here: a shell that starts a command in the background has it ignored.
+    """
 
     def stop(number, frame):
         raise Stopped
@@ -52,6 +55,7 @@ def end_on_signals() -> None:
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _port(text: str) -> int:
