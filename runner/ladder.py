@@ -103,7 +103,9 @@ def _run_rung(
         report = Path(scratch) / "report.xml"
         command = ["-m", "pytest", "-q", f"--junit-xml={report}", *options, *map(str, targets)]
         try:
-            code = process.run(python, command, environment=variables, cwd=scratch, timeout=60 * RUNG_MINUTES)
+            temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)  # whatever a test leaves goes with it
+            environment = {**variables, **temporary}
+            code = process.run(python, command, environment=environment, cwd=scratch, timeout=60 * RUNG_MINUTES)
         except process.TimeoutExpired:
             return f"{rung}: did not end within {RUNG_MINUTES} minutes and was stopped"
         seen, skipped = _read(report)
