@@ -35,8 +35,8 @@ SEED, COLUMNS = 7, 4
 class Demo:
     """The steps of the demo on one connection; each prints a line when it is done."""
 
-    def __init__(self, client: Client, output: Path, status: Status) -> None:
-        self.client, self.output, self.status = client, output, status
+    def __init__(self, client: Client, status: Status) -> None:
+        self.client, self.status = client, status
         self.object_info = client.get_json("/object_info")
 
     def train(self, role: str, concept: str, prompt_text: str, trigger: str) -> str:
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace, status: Status) -> None:
     with Server(options.comfyui, sys.executable, REPOSITORY, output=output, port=options.port, arguments=arguments,
                 log=log) as server, Client(server) as client:  # fmt: skip
         status.done(f"ComfyUI answers on {server.url} after {duration(time.monotonic() - started)}")
-        demo = Demo(client, output, status)
+        demo = Demo(client, status)
         subject = demo.train("subject", SUBJECT, SUBJECT_PROMPT, f"{SUBJECT_WORD} monster")
         style = demo.train("style", STYLE, STYLE_PROMPT, f"{STYLE_WORD} style")
         with_subject = demo.load(subject, SUBJECT_PROMPT)
