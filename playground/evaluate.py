@@ -225,7 +225,7 @@ def judge_files(bench: Bench, subject_file: Path, style_file: Path) -> dict[str,
     }
     rows = {}
     for name, (weights, shown) in ways.items():
-        rows[name] = {"subject": 0.0, "style": 0.0} | bench.judge(weights, **shown)
+        rows[name] = bench.judge(weights, **shown)
         print(name, rows[name], flush=True)
     return rows
 

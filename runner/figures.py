@@ -1,7 +1,8 @@
 """What the reader network sees in the demo's pictures, beside the committed figures of 100 pictures each.
 
 The reader was trained on drawings alone and never saw a sample of the model. The committed figures lie in
-playground/results/demo_figures.json: {row: {"subject": share, "style": share}}, rows and concepts as on the sheet.
+playground/results/demo_figures.json: {row: {"subject": share, "style": share}}, rows and concepts as on the sheet;
+a share is there only where the row's prompts ask for that concept.
 """
 
 import io
@@ -37,7 +38,8 @@ def table(rows: Sequence[Row], subject: str, style: str) -> str:
             "style": readings["style"] == STYLES.index(style),
         }
         cells = [
-            f"{int(hits.sum())} of {len(hits)} (committed {committed[row.title][name]:.0%})"
+            f"{int(hits.sum())} of {len(hits)}"
+            + (f" (committed {committed[row.title][name]:.0%})" if name in committed[row.title] else "")
             for name, hits in seen.items()
         ]
         lines.append(f"  {row.title:<26}{cells[0]:>24}{cells[1]:>24}")
