@@ -6,27 +6,42 @@
     none                                  D = 0
 
 Where an entry of the spectrum is below 1e-4 of the largest, its direction is noise: delta counts as 0 there.
-The positive diagonals make lq and qr unique; U and V^T may flip sign together, which D does not notice.
+The positive diagonals make lq and qr unique; U and V^T may flip sign together, which D does not notice. Only the
+first k rows (lq) or columns (qr) of W0 have a say in Q. A row that is a combination of those before it has no
+direction of its own: its q is whatever fits, takes no delta, and leaves the rows after it as arbitrary.
+
+svd comes from the fp64 eigenvectors of the smaller Gram matrix, W W^T = U S^2 U^T or W^T W = V S^2 V^T, and these are
+all that a basis keeps. The other side follows from the weight at hand, V^T = S^-1 U^T W, for one product:
+
+    kept by a basis (SDXL's 560 attention matrices, 0.955 B weights)         numbers       fp32
+    lq, qr   Q                                                               955 M         3.8 GB
+    svd      U or V, whichever is smaller                                    819 M         3.3 GB
+    svd, complete: both sides, for training, which makes D in every step     1774 M        7.1 GB
+
+Relative error of D against fp64 (benchmarks/decomposition.py): svd in fp64 1e-12 to 1e-9, its basis kept in fp32
+1e-7 to 1e-6; lq in fp32 1e-6, in fp64 1e-12, kept in fp32 1e-7 (5e-8 is rounding to fp32 itself).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import DECOMPOSITIONS, Decomposition
+from .precision import CPU, full_fp32, has_fp64, is_fast_in_fp64
 
 LIVE = 1e-4
+PASSES = 3
+LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its batched kernel, made for small ones
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A decomposition of `(..., out, in)` weights, fp32: left `(..., out, k)`, right `(..., k, in)`, spectrum and
-    live (bool) `(..., k)`."""
+    """A decomposition of `(..., out, in)` weights: left `(..., out, k)` and right `(..., k, in)`, None where D does
+    not need it or `complete` makes it; spectrum and live (bool) `(..., k)`."""
 
     decomposition: Decomposition
     left: Tensor | None
@@ -34,13 +49,20 @@ class Basis:
     spectrum: Tensor
     live: Tensor
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        named = {"left": self.left, "right": self.right, "spectrum": self.spectrum, "live": self.live}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-def decompose(weight: Tensor, decomposition: Decomposition) -> Basis | None:
-    """The basis of one weight or of a batch of equal shape; None for `none`.
 
-    `svd` is computed in fp64 from the eigenvectors of the smaller Gram matrix (W W^T or W^T W), which agrees with a
-    fp64 SVD to 1e-9 in D and is several times faster; `lq` and `qr` by Householder QR in fp32 or better. A device
-    without fp64 hands `svd` to the CPU. Raises ValueError for an unknown decomposition or a weight that is no matrix.
+@torch.no_grad()
+def decompose(weight: Tensor, decomposition: Decomposition, dtype: torch.dtype = torch.float32) -> Basis | None:
+    """The basis of one weight or of a batch of equal shape, kept in `dtype` (fp32 or fp64), on the weight's device;
+    None for `none`.
+
+    `svd` is computed in fp64; `lq` and `qr` by Householder QR on a CPU and by Cholesky QR on a GPU, in fp64 if the
+    weight or `dtype` is fp64 or the GPU is fast at it, else in fp32. Devices without fp64 send the weight to the CPU.
+    Raises ValueError for an unknown decomposition or a weight that is no matrix or not finite.
     """
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"unknown decomposition {decomposition!r}; known are {', '.join(DECOMPOSITIONS)}")
@@ -48,49 +70,111 @@ def decompose(weight: Tensor, decomposition: Decomposition) -> Basis | None:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix and has no {decomposition} basis")
     if decomposition == "none":
         return None
-    if decomposition == "svd":
-        return _svd(weight)
-    w = weight if weight.dtype == torch.float64 else weight.float()
-    q, t = torch.linalg.qr(w.mT if decomposition == "lq" else w)
-    diagonal = t.diagonal(dim1=-2, dim2=-1)
-    sign = torch.where(diagonal < 0, -1.0, 1.0).to(q)
-    q, spectrum = (q * sign[..., None, :]).float(), (diagonal * sign).float()
-    if decomposition == "lq":
-        return Basis("lq", None, q.mT.contiguous(), spectrum, _live(spectrum))
-    return Basis("qr", q, None, spectrum, _live(spectrum))
+    home = weight.device
+    w = weight if has_fp64(home) else weight.to(CPU)
+    exact = decomposition == "svd" or torch.float64 in (w.dtype, dtype) or (w.is_cuda and is_fast_in_fp64(w.device))
+    w = w.to(torch.float64 if exact else torch.float32)
+    if not w.isfinite().all():
+        raise ValueError("the weight holds NaN or infinite numbers and has no basis; load another model")
+    with full_fp32():
+        if decomposition == "svd":
+            left, right, spectrum = _svd(w)
+        elif decomposition == "lq":
+            left, (right, spectrum) = None, _lq(w)
+        else:
+            right, (left, spectrum) = None, _lq(w.mT)
+            left = left.mT
+    live = (spectrum >= LIVE * spectrum.amax(-1, keepdim=True)) & (spectrum > 0)
+    left, right, spectrum = (
+        None if t is None else t.to(home, dtype).contiguous() for t in (left, right, spectrum)
+    )  # fmt: skip
+    return Basis(decomposition, left, right, spectrum, live.to(home))
 
 
-def _live(spectrum: Tensor) -> Tensor:
-    return (spectrum >= LIVE * spectrum.amax(-1, keepdim=True)) & (spectrum > 0)
-
-
-def _svd(weight: Tensor) -> Basis:
-    device = weight.device
-    w = (weight.cpu() if device.type == "mps" else weight).double()
+def _svd(w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(U, None, S) of a wide or square w, else (None, V^T, S)."""
     wide = w.shape[-2] <= w.shape[-1]
-    values, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
+    gram = w @ w.mT if wide else w.mT @ w
+    del w
+    values, vectors = torch.linalg.eigh(gram)
     sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
-    live = _live(sigma)
-    inverse = torch.where(live, 1 / sigma.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    if wide:
-        left, right = vectors, inverse[..., :, None] * (vectors.mT @ w)
-    else:
-        left, right = (w @ vectors) * inverse[..., None, :], vectors.mT
-    return Basis("svd", *(t.float().contiguous().to(device) for t in (left, right, sigma)), live.to(device))
+    return (vectors, None, sigma) if wide else (None, vectors.mT, sigma)
 
 
-def spectral_change(basis: Basis, delta: Tensor, shape: Sequence[int]) -> Tensor:
-    """D `(..., out, in)` of a delta `(..., k)`, 0 where the spectrum is not live; `shape` is the weight's."""
+def _lq(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Q `(..., k, in)` and diag(L) `(..., k)` of w = L Q."""
+    w = w[..., : w.shape[-1], :]
+    q = _cholesky_lq(w) if w.is_cuda else _householder_lq(w)
+    return q, torch.einsum("...ij,...ij->...i", w, q).clamp_(min=0)
+
+
+def _householder_lq(w: Tensor) -> Tensor:
+    q, t = torch.linalg.qr(w.mT)
+    diagonal = t.diagonal(dim1=-2, dim2=-1)
+    return (q * torch.where(diagonal < 0, -1.0, 1.0).to(q)[..., None, :]).mT
+
+
+def _cholesky_lq(w: Tensor) -> Tensor:
+    """Q by repeated Cholesky QR: Q <- chol(Q Q^T)^-1 Q from Q = W until Q Q^T = I; products and few launches.
+
+    Each pass is backward stable, so a Q that ends orthonormal is the right one, as near as Householder's. Cholesky
+    fails or does not get there for numerically dependent rows (condition 1e8 in fp64, 1e4 in fp32): those matrices
+    go through Householder. (Fukaya et al., CholeskyQR2, 2014.)
+    """
+    shape, w = w.shape, w.reshape(-1, *w.shape[-2:])
+    tolerance = 1e-8 if w.dtype == torch.float64 else 4e-6
+    q = F.normalize(w, dim=-1, eps=torch.finfo(w.dtype).tiny)  # Q does not depend on the rows' lengths
+    gram, eye = q @ q.mT, torch.eye(q.shape[-2], dtype=q.dtype, device=q.device)
+    for _ in range(PASSES):
+        q = torch.linalg.solve_triangular(_cholesky(gram), q, upper=False)
+        gram = q @ q.mT
+        good = (gram - eye).abs_().amax((-2, -1)) <= tolerance
+        if good.all():
+            break
+    for index in (~good).nonzero().flatten().tolist():
+        q[index] = _householder_lq(w[index])
+    return q.reshape(shape)
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    """The lower factor of each matrix; whatever came out where one is not positive definite."""
+    if gram.shape[-1] < LOOPED:
+        return torch.linalg.cholesky_ex(gram)[0]
+    return torch.stack([torch.linalg.cholesky_ex(one)[0] for one in gram])
+
+
+def complete(basis: Basis, weight: Tensor) -> Basis:
+    """The basis with all that D needs: of `svd` the second side, S^-1 U^T W or W V S^-1, 0 where it is not live.
+
+    `weight` is the one that was decomposed; the result has the wider dtype of the two and its device. Lengths are
+    taken from the product itself, so that errors in S do not count.
+    """
+    if basis.decomposition != "svd" or (basis.left is not None and basis.right is not None):
+        return basis
+    kept = basis.right if basis.left is None else basis.left.mT
+    dtype = torch.promote_types(kept.dtype, weight.dtype)
+    kept, w = kept.to(weight.device, dtype), weight.to(dtype)
+    with full_fp32():
+        other = kept @ (w.mT if basis.left is None else w)
+    other = other / other.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    other = torch.where(basis.live.to(weight.device)[..., None], other, 0.0)
+    if basis.left is None:
+        return replace(basis, left=other.mT, right=kept)
+    return replace(basis, left=kept.mT, right=other)
+
+
+def spectral_change(basis: Basis, delta: Tensor, weight: Tensor) -> Tensor:
+    """D `(..., out, in)` of a delta `(..., k)`, 0 where the spectrum is not live; `weight` is the one decomposed."""
     delta = torch.where(basis.live, delta, 0.0)
+    basis = complete(basis, weight)
     if basis.decomposition == "svd":
         scaled = basis.left * delta[..., None, :]
         return scaled @ basis.right.to(scaled.dtype)
     if basis.decomposition == "lq":
-        rows = delta[..., :, None] * basis.right
-        return _padded(rows, (0, 0, 0, shape[-2] - rows.shape[-2]))
-    columns = basis.left * delta[..., None, :]
-    return _padded(columns, (0, shape[-1] - columns.shape[-1]))
+        return _padded(delta[..., :, None] * basis.right, weight.shape)
+    return _padded(basis.left * delta[..., None, :], weight.shape)
 
 
-def _padded(x: Tensor, padding: tuple[int, ...]) -> Tensor:
-    return F.pad(x, padding) if any(padding) else x  # F.pad copies even where there is nothing to add
+def _padded(x: Tensor, shape: torch.Size) -> Tensor:
+    rows, columns = shape[-2] - x.shape[-2], shape[-1] - x.shape[-1]
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x  # F.pad copies even where there is nothing to add

@@ -1,0 +1,76 @@
+"""The bases of many weights: batches of equal shape within a working set, on the faster of device and CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .adapter import Decomposition
+from .decomposition import Basis, decompose
+from .precision import CPU, is_fast_in_fp64, solver_device
+
+WORKING_SET = 1 << 30  # bytes; larger batches are no faster
+Progress = Callable[[int, int], None]
+
+
+def decompose_all(
+    weights: Mapping[str, Tensor],
+    decomposition: Decomposition,
+    *,
+    device: torch.device = CPU,
+    working_set: int = WORKING_SET,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Basis]]:
+    """(name, basis) of every weight, fp32 on the CPU, shape after shape; nothing for `none`.
+
+    `device` is where the model computes; what is decomposed there takes at most `working_set` bytes at a time, or what
+    one matrix takes. `weights` may load a weight anew at every look. `progress(done, total)` is told after every
+    matrix. Raises ValueError as `decompose` does.
+    """
+    if decomposition == "none":
+        return
+    device = solver_device(device, decomposition)
+    by_shape: dict[torch.Size, list[str]] = {}
+    for name, weight in weights.items():
+        by_shape.setdefault(weight.shape, []).append(name)
+    done, total = 0, len(weights)
+    for shape, names in by_shape.items():
+        count = max(1, working_set // working_bytes(shape, decomposition, device))
+        for start in range(0, len(names), count):
+            chunk = names[start : start + count]
+            for name, basis in zip(chunk, _batch([weights[n] for n in chunk], decomposition, device), strict=True):
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+                yield name, basis
+
+
+def working_bytes(shape: torch.Size, decomposition: Decomposition, device: torch.device) -> int:
+    """Bytes that the decomposition of one weight `(out, in)` takes at its height, its basis included; an upper bound.
+
+    svd: W, then the Gram matrix, its vectors and LAPACK's two squares beside them, all fp64. lq and qr: W, its copies
+    in and out of the solver and Q, fp32 or fp64, and on a GPU three squares; then Q once more in fp32.
+    """
+    out, inner = shape
+    small, numbers = min(shape), out * inner
+    if decomposition == "svd":
+        return 8 * (numbers + 6 * small * small) + 8 * numbers
+    width = 8 if device.type != "cpu" and is_fast_in_fp64(device) else 4
+    return width * (4 * numbers + 4 * small * small) + 4 * numbers
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.device) -> list[Basis]:
+    """Bases on the CPU, each in memory of its own."""
+    dtype = torch.float64 if all(w.dtype == torch.float64 for w in weights) else torch.float32
+    together = decompose(torch.stack([w.to(device, dtype) for w in weights]), decomposition)
+    assert together is not None
+    parts = (together.left, together.right, together.spectrum, together.live)
+    return [Basis(decomposition, *(None if p is None else _own(p[i]) for p in parts)) for i in range(len(weights))]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.device == CPU else tensor.to(CPU)

@@ -1,0 +1,86 @@
+"""What a device can do with double precision, and where a decomposition therefore runs.
+
+    svd    needs fp64: on the device if it is fast there, else on the faster of device and CPU, timed once per process
+    lq, qr on the device, in fp64 where that is fast, else in fp32
+
+Devices without fp64 (Apple's MPS, DirectML) leave all decompositions to the CPU. Fast means that a matrix product in
+fp64 takes at most 8 times as long as in fp32: 1 to 2 times on data centre GPUs, 16 to 64 times on consumer ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .adapter import Decomposition
+
+CPU = torch.device("cpu")
+FAST = 8.0
+TIMED_SIZE = 1024  # a 1280 x 1280 eigenproblem takes about twice as long
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """fp32 products on CUDA without TF32, whose rounding (1e-3) would be that of the whole basis."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@lru_cache
+def has_fp64(device: torch.device) -> bool:
+    """Whether the device computes in fp64 at all."""
+    try:
+        return float(torch.ones(1, device=device, dtype=torch.float64) + 1) == 2
+    except (RuntimeError, TypeError):
+        return False
+
+
+@lru_cache
+def is_fast_in_fp64(device: torch.device) -> bool:
+    """Whether fp64 products take at most 8 times as long as fp32 ones; measured once, in some milliseconds."""
+    if device.type == "cpu":
+        return True
+    if not has_fp64(device):
+        return False
+    seconds = {}
+    with full_fp32():
+        for dtype in (torch.float32, torch.float64):
+            a = torch.ones(TIMED_SIZE, TIMED_SIZE, device=device, dtype=dtype)
+            seconds[dtype] = _seconds(lambda a=a: (a @ a)[0, 0].item(), repeats=3)
+    return seconds[torch.float64] <= FAST * seconds[torch.float32]
+
+
+@lru_cache
+def solver_device(device: torch.device, decomposition: Decomposition) -> torch.device:
+    """Where the weights of `device` are decomposed fastest with the precision they need: there or on the CPU."""
+    if not has_fp64(device):
+        return CPU
+    if decomposition != "svd" or is_fast_in_fp64(device):
+        return device
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(TIMED_SIZE, TIMED_SIZE, generator=generator, dtype=torch.float64)
+    gram = w @ w.mT
+    return min((device, CPU), key=lambda place: _seconds(lambda: _eigenvalue(gram.to(place)), repeats=1))
+
+
+def _eigenvalue(gram: Tensor) -> float:
+    return torch.linalg.eigh(gram)[0][0].item()
+
+
+def _seconds(run: Callable[[], float], repeats: int) -> float:
+    """The least time of `repeats` runs, after one that warms up; `run` must wait for its result."""
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
