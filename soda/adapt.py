@@ -11,6 +11,7 @@ from .adapter import Decomposition, Layer
 from .decomposition import Basis, spectral_change
 from .errors import SodaMixError
 from .kronecker import expm_factors, kronecker_sum, rotate
+from .precision import CPU
 
 
 def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition, Basis]) -> Tensor:
@@ -30,7 +31,7 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
         if term.delta is not None and term.delta.count_nonzero():
             if term.delta.numel() != min(w.shape):
                 raise SodaMixError(f"a spectrum of {term.delta.numel()} numbers does not fit a weight {tuple(w.shape)}")
-            adapted = adapted + spectral_change(bases[term.decomposition], term.delta.to(w), w.shape)
+            adapted = adapted + spectral_change(bases[term.decomposition], term.delta.to(w), w)
     for side, dimension in (("input", w.shape[1]), ("output", w.shape[0])):
         turning = [term for term in terms if term.side == side]
         for term in turning:
@@ -45,14 +46,17 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
 
 
 def _factors(terms: Sequence[Layer], like: Tensor) -> list[Tensor]:
-    """R of the terms as Kronecker factors, or as one dense matrix where their sizes differ; [] for the identity."""
+    """R of the terms as Kronecker factors, or as one dense matrix where their sizes differ; [] for the identity.
+
+    The small exponentials run in fp64 on the CPU: fewer launches, and not every device has fp64.
+    """
     sums: dict[tuple[int, ...], list[Tensor]] = {}
     for term in terms:
-        logs = [log.to(like.device, torch.float64) for log in term.logs]
+        logs = [log.to(CPU, torch.float64) for log in term.logs]
         known = sums.get(term.sizes)
         sums[term.sizes] = logs if known is None else [a + b for a, b in zip(known, logs, strict=True)]
     sums = {sizes: logs for sizes, logs in sums.items() if any(log.count_nonzero() for log in logs)}
     if len(sums) > 1:
-        total = sum(kronecker_sum(logs, sizes) for sizes, logs in sorted(sums.items()))
-        return [torch.linalg.matrix_exp(total).to(like)]
+        total = torch.stack([kronecker_sum(logs, sizes) for sizes, logs in sorted(sums.items())]).sum(0)
+        return [torch.linalg.matrix_exp(total.to(like.device if like.is_cuda else CPU)).to(like)]
     return [f.to(like) for sizes, logs in sums.items() for f in expm_factors(logs, sizes)]

@@ -24,6 +24,7 @@ Relative error of D against fp64 (benchmarks/decomposition.py): svd in fp64 1e-1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +33,8 @@ from torch import Tensor
 
 from .adapter import DECOMPOSITIONS, Decomposition
 from .precision import CPU, full_fp32, has_fp64, is_fast_in_fp64
+
+Key = tuple[str, Decomposition]  # the hash of a weight and what was made of it
 
 LIVE = 1e-4
 PASSES = 3
@@ -53,6 +56,20 @@ class Basis:
         """The tensors that are there, by name."""
         named = {"left": self.left, "right": self.right, "spectrum": self.spectrum, "live": self.live}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that its tensors take."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it has the tensors of an fp32 basis of one weight `(out, in)`."""
+        (out, inner), k = shape, min(shape)
+        left = self.decomposition == "qr" or (self.decomposition == "svd" and out <= inner)
+        sides = {"left": (out, k)} if left else {"right": (k, inner)}
+        forms = {name: (shape, torch.float32) for name, shape in {**sides, "spectrum": (k,)}.items()}
+        forms["live"] = ((k,), torch.bool)
+        return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()} == forms
 
 
 @torch.no_grad()

@@ -56,7 +56,9 @@ def train(
     `loss_fn(weights, step)` gives the scalar loss under the adapted weights; `on_step(step, loss)` is told after each
     step. Whatever either raises passes through. A loss or gradient that is not finite raises SodaTrainingError.
     """
-    optimizers = [StiefelAdam(parameters.rotations(), lr=settings.learning_rate)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if parameters.rotations():
+        optimizers.append(StiefelAdam(parameters.rotations(), lr=settings.learning_rate))
     if parameters.spectra():
         optimizers.append(torch.optim.AdamW(parameters.spectra(), lr=settings.learning_rate, weight_decay=0.0))
     trained = [*parameters.rotations(), *parameters.spectra()]

@@ -3,7 +3,8 @@
 For every weight of shape (out, in): W = (W0 + D(delta)) (R_1 x ... x R_r)^T with delta = 0 and R_j = I at the start,
 which gives W0 bit for bit. The factors R_j themselves are the parameters, in banks `(B, n, n)` of one size n over the
 whole model, for `StiefelAdam`; the deltas of one shape are one `(B, k)` parameter. `svd` trains with
-max(sigma + delta, 0) and stores delta held at >= -sigma.
+max(sigma + delta, 0) and stores delta held at >= -sigma. Without rotation the factors stay at I and only the spectrum
+is trained (for `svd` that is SVDiff, arXiv 2303.11305); the adapter's form and what it mixes with are the same.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Decomposition, Layer
-from ..decomposition import Basis, decompose, spectral_change
+from ..bases import decompose_all
+from ..decomposition import Basis, complete, spectral_change
 from ..errors import SodaTrainingError
 from ..fingerprint import sketch
 from ..kronecker import factor_sizes, log_rotation, rotate, triangle
+
+PARTS = ("left", "right", "spectrum", "live")
 
 
 class ShapeGroup(nn.Module):
@@ -30,9 +34,9 @@ class ShapeGroup(nn.Module):
         self.sizes = factor_sizes(weights.shape[1 if decomposition == "qr" else 2], factors)
         self.rows: list[slice] = []  # of factor j in the bank of size n_j
         self.delta = None
-        basis = decompose(weights, decomposition)
+        basis = _basis(weights, decomposition)
         if basis is not None:
-            for part in ("left", "right", "spectrum", "live"):
+            for part in PARTS:
                 self.register_buffer(part, getattr(basis, part), persistent=False)
             self.delta = nn.Parameter(torch.zeros_like(basis.spectrum))
 
@@ -46,12 +50,24 @@ class ShapeGroup(nn.Module):
 
     def change(self) -> Tensor:
         """D `(B, out, in)`."""
-        return spectral_change(self.basis(), self.held_delta(), self.base.shape[1:])
+        return spectral_change(self.basis(), self.held_delta(), self.base)
 
     def forward(self, factors: list[Tensor]) -> Tensor:
-        """The adapted weights `(B, out, in)` with factors `(B, n_j, n_j)`."""
+        """The adapted weights `(B, out, in)` with factors `(B, n_j, n_j)`, none for R = I."""
         w = self.base if self.delta is None else self.base + self.change()
+        if not factors:
+            return w
         return rotate(w.mT, factors).mT if self.decomposition == "qr" else rotate(w, factors)
+
+
+def _basis(weights: Tensor, decomposition: Decomposition) -> Basis | None:
+    """The basis of `(B, out, in)` weights on their device, with both sides: each step needs them."""
+    named = {str(i): weight for i, weight in enumerate(weights)}
+    bases = [basis.tensors() for _, basis in decompose_all(named, decomposition, device=weights.device)]
+    if not bases:
+        return None
+    parts = (torch.stack([b[part] for b in bases]).to(weights.device) if part in bases[0] else None for part in PARTS)
+    return complete(Basis(decomposition, *parts), weights)
 
 
 class SodaParameters(nn.Module):
@@ -60,8 +76,16 @@ class SodaParameters(nn.Module):
     Raises SodaTrainingError if there is nothing to train.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decomposition: Decomposition = "lq", factors: int = 3):
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        decomposition: Decomposition = "lq",
+        factors: int = 3,
+        rotation: bool = True,
+    ):
         super().__init__()
+        if decomposition == "none" and not rotation:
+            raise SodaTrainingError("without a decomposition and without a rotation there is nothing to train")
         if not weights:
             raise SodaTrainingError("there is no weight to adapt; choose a model with attention layers")
         by_shape: dict[tuple[int, ...], list[str]] = {}
@@ -77,7 +101,7 @@ class SodaParameters(nn.Module):
             for names in by_shape.values()
         )
         counts: dict[int, int] = {}
-        for group in self.groups:
+        for group in self.groups if rotation else ():
             for n in group.sizes:
                 start = counts.get(n, 0)
                 counts[n] = start + len(group.names)
@@ -88,7 +112,7 @@ class SodaParameters(nn.Module):
         )
 
     def rotations(self) -> list[nn.Parameter]:
-        """The banks `(B, n, n)` of factors, for StiefelAdam."""
+        """The banks `(B, n, n)` of factors, for StiefelAdam; empty without rotation."""
         return list(self.banks.values())
 
     def spectra(self) -> list[nn.Parameter]:
@@ -96,7 +120,7 @@ class SodaParameters(nn.Module):
         return [group.delta for group in self.groups if group.delta is not None]
 
     def _factors(self, group: ShapeGroup) -> list[Tensor]:
-        return [self.banks[str(n)][rows] for n, rows in zip(group.sizes, group.rows, strict=True)]
+        return [self.banks[str(n)][rows] for n, rows in zip(group.sizes, group.rows, strict=False)]
 
     def forward(self) -> dict[str, Tensor]:
         """All adapted weights by layer name, fp32, differentiable in factors and deltas."""
@@ -111,6 +135,7 @@ class SodaParameters(nn.Module):
         layers: dict[str, tuple[Layer, ...]] = {}
         for group in self.groups:
             logs = [triangle(log_rotation(factor)).float().cpu() for factor in self._factors(group)]
+            logs = logs or [torch.zeros(len(group.names), n * (n - 1) // 2) for n in group.sizes]
             deltas = sketches = [None] * len(group.names)
             if group.delta is not None:
                 deltas, sketches = group.held_delta().cpu(), sketch(group.change())

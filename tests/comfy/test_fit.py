@@ -22,7 +22,7 @@ def sketched(model, decomposition):
     layers = {}
     for layer, key in attention_weights(model).items():
         (term,) = plain.layers[layer]
-        change = spectral_change(decompose(base[key], decomposition), term.delta, base[key].shape)
+        change = spectral_change(decompose(base[key], decomposition), term.delta, base[key])
         layers[layer] = (dataclasses.replace(term, sketch=sketch(change)),)
     return Adapter(layers, {**plain.metadata, "soda.base_model": "some base"}, "mine")
 

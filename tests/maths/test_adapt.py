@@ -42,7 +42,7 @@ def naive(w, layers, bases):
     changed = w.double()
     for layer in layers:
         if layer.delta is not None:
-            changed = changed + spectral_change(bases[layer.decomposition], layer.delta, w.shape).double()
+            changed = changed + spectral_change(bases[layer.decomposition], layer.delta, w.float()).double()
     turn = {side: torch.zeros(n, n, dtype=torch.float64) for side, n in (("output", w.shape[0]), ("input", w.shape[1]))}
     for layer in layers:
         turn[layer.side] += naive_log(layer)

@@ -107,17 +107,15 @@ def unmatched(adapter: Adapter, matches: Sequence[Matching], model_name: str) ->
 
 def spectrum_error(
     layers: Mapping[str, tuple[Layer, ...]], basis: Mapping[tuple[str, Decomposition], Basis],
-    known: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, torch.Tensor],
 ) -> float | None:  # fmt: skip
     """Estimated ||D here - D trained|| / ||D trained|| over all layers with a sketch; None when there is none."""
     wrong, whole = 0.0, 0.0
     for name, terms in layers.items():
-        key, rows = split_name(name)
-        shape = known[key] if rows is None else (rows[1] - rows[0], known[key][1])
         for term in terms:
             if term.delta is None or term.sketch is None:
                 continue
-            here = sketch(spectral_change(basis[name, term.decomposition], term.delta, shape))
+            here = sketch(spectral_change(basis[name, term.decomposition], term.delta, weights[name].cpu().float()))
             wrong += (here.double() - term.sketch.double()).square().sum().item()
             whole += term.sketch.double().square().sum().item()
     return (wrong / whole) ** 0.5 if whole > 0 else None
@@ -136,10 +134,10 @@ def rotation_only(layers: Mapping[str, tuple[Layer, ...]]) -> dict[str, tuple[La
 
 def check_spectrum(
     adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], basis: Mapping[tuple[str, Decomposition], Basis],
-    known: Mapping[str, tuple[int, ...]], report: Report,
+    weights: Mapping[str, torch.Tensor], report: Report,
 ) -> Mapping[str, tuple[Layer, ...]]:  # fmt: skip
     """The layers to apply under the policy above; what the user must know goes to `report.warnings`."""
-    error = spectrum_error(layers, basis, known)
+    error = spectrum_error(layers, basis, weights)
     if error is None or error < SILENT_ERROR:
         return layers
     trained_on = adapter.metadata.get("soda.base_model") or "another base"

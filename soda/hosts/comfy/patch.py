@@ -17,7 +17,7 @@ from ...adapt import adapt
 from ...adapter import Adapter, Layer
 from ...decomposition import Basis
 from ...mixing import mix
-from .base import bases, split_name
+from .base import bases, layer_weight, split_name
 from .fit import Report, check_spectrum, matching, shapes, unmatched
 
 ATTACHMENT = "soda"
@@ -106,8 +106,9 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
         ((name, t.decomposition) for _, layers, _ in fitting for name, ts in layers.items() for t in ts if
          t.delta is not None),
     )  # fmt: skip
+    weights = {name: layer_weight(patcher, name) for name, _ in basis}
     checked = [
-        (Adapter(check_spectrum(adapter, layers, basis, known, report), adapter.metadata, adapter.name), weight)
+        (Adapter(check_spectrum(adapter, layers, basis, weights, report), adapter.metadata, adapter.name), weight)
         for adapter, layers, weight in fitting
         if layers
     ]

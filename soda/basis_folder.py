@@ -1,0 +1,117 @@
+"""A folder of bases, one safetensors file each, bounded in bytes, shared by any number of processes.
+
+A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. A file that cannot be read,
+whose numbers do not add up, or whose shapes are not those of the weight is as good as none. What cannot be written is
+not kept: the log says so once, and the work goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from .decomposition import Basis, Key
+
+SUFFIX = ".basis1.safetensors"
+ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
+log = logging.getLogger(__name__)
+
+
+class BasisFolder:
+    """At most `limit` bytes of bases in `path`, which is made on the first write; the files longest unused go first."""
+
+    def __init__(self, path: str | os.PathLike, limit: int):
+        self.path = Path(path)
+        self.limit = limit
+        self._unscanned = 0  # bytes that may be written before the folder is looked through again
+        self._writable = True
+
+    def get(self, key: Key, shape: torch.Size) -> Basis | None:
+        """The basis of a weight of this shape, or None."""
+        file = self._file(key)
+        try:
+            data = file.read_bytes()
+            with contextlib.suppress(OSError):  # a folder that is read only keeps its times
+                os.utime(file)
+            tensors = from_bytes(data)
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+        checksum = tensors.pop("checksum", None)
+        basis = Basis(key[1], *(tensors.get(name) for name in ("left", "right", "spectrum", "live")))  # type: ignore[arg-type]
+        if not basis.fits(shape) or checksum is None or not torch.equal(checksum, _checksum(basis)):
+            return None
+        return basis
+
+    def put(self, key: Key, basis: Basis) -> None:
+        """Write the basis, unless there is no room or no right to."""
+        data = to_bytes({**basis.tensors(), "checksum": _checksum(basis)})
+        if not self._writable or len(data) > self.limit:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if len(data) > self._unscanned:
+                self._make_room(len(data))
+            self._unscanned -= len(data)
+            _write(self._file(key), data)
+        except OSError as error:
+            self._writable = False
+            log.warning("The bases of this model are not kept in %s (%s) and are computed anew next time", self.path, error)
+
+    def _file(self, key: Key) -> Path:
+        return self.path / f"{key[0]}.{key[1]}{SUFFIX}"
+
+    def _make_room(self, needed: int) -> None:
+        """Remove the oldest files until `needed` bytes fit, and an eighth of the limit besides.
+
+        Half of what is free then may be written before the next look, so that two writers together keep the limit.
+        """
+        files = sorted(self._entries())
+        size = sum(bytes_ for _, bytes_, _ in files)
+        if size + needed > self.limit:
+            for _, bytes_, file in files:
+                if size + needed <= self.limit - self.limit // 8:
+                    break
+                with contextlib.suppress(OSError):  # gone already, or open in another process on Windows
+                    file.unlink()
+                    size -= bytes_
+        self._unscanned = max(needed, (self.limit - size) // 2)
+
+    def _entries(self) -> Iterator[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of every basis; on the way, unfinished files long forgotten are removed."""
+        for file in self.path.iterdir():
+            with contextlib.suppress(OSError):
+                if file.name.endswith(SUFFIX):
+                    stat = file.stat()
+                    yield stat.st_mtime, stat.st_size, file
+                elif file.name.endswith(f"{SUFFIX}.part") and time.time() - file.stat().st_mtime > ABANDONED:
+                    file.unlink()
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Without fsync: after a power cut the checksum tells."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=f"{SUFFIX}.part")
+    try:
+        with os.fdopen(handle, "wb") as part:
+            part.write(data)
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _checksum(basis: Basis) -> Tensor:
+    """The sums of the numbers' bits, int64: any one flipped, and any page lost, changes one. A pass at memory speed."""
+    return torch.stack([t.contiguous().view(torch.uint8 if t.dtype == torch.bool else torch.int32).sum(dtype=torch.int64)
+                        for _, t in sorted(basis.tensors().items())])  # fmt: skip
