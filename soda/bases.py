@@ -68,8 +68,8 @@ def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.de
     dtype = torch.float64 if all(w.dtype == torch.float64 for w in weights) else torch.float32
     together = decompose(torch.stack([w.to(device, dtype) for w in weights]), decomposition)
     assert together is not None
-    parts = (together.left, together.right, together.spectrum, together.live)
-    return [Basis(decomposition, *(None if p is None else _own(p[i]) for p in parts)) for i in range(len(weights))]
+    parts = together.tensors()
+    return [Basis.of(decomposition, {name: _own(parts[name][i]) for name in parts}) for i in range(len(weights))]
 
 
 def _own(tensor: Tensor) -> Tensor:

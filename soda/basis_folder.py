@@ -45,13 +45,10 @@ class BasisFolder:
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
             tensors = from_bytes(data)
+            basis, checksum = Basis.of(key[1], tensors), tensors["checksum"]
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
-        checksum = tensors.pop("checksum", None)
-        basis = Basis(key[1], *(tensors.get(name) for name in ("left", "right", "spectrum", "live")))  # type: ignore[arg-type]
-        if not basis.fits(shape) or checksum is None or not torch.equal(checksum, _checksum(basis)):
-            return None
-        return basis
+        return basis if basis.fits(shape) and torch.equal(checksum, _checksum(basis)) else None
 
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
@@ -66,7 +63,7 @@ class BasisFolder:
             _write(self._file(key), data)
         except OSError as error:
             self._writable = False
-            log.warning("The bases of this model are not kept in %s (%s) and are computed anew next time", self.path, error)
+            log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
 
     def _file(self, key: Key) -> Path:
         return self.path / f"{key[0]}.{key[1]}{SUFFIX}"
@@ -113,5 +110,8 @@ def _write(file: Path, data: bytes) -> None:
 
 def _checksum(basis: Basis) -> Tensor:
     """The sums of the numbers' bits, int64: any one flipped, and any page lost, changes one. A pass at memory speed."""
-    return torch.stack([t.contiguous().view(torch.uint8 if t.dtype == torch.bool else torch.int32).sum(dtype=torch.int64)
-                        for _, t in sorted(basis.tensors().items())])  # fmt: skip
+    sums = []
+    for _, tensor in sorted(basis.tensors().items()):
+        bits = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.bool else torch.int32)
+        sums.append(bits.sum(dtype=torch.int64))
+    return torch.stack(sums)

@@ -24,7 +24,7 @@ Relative error of D against fp64 (benchmarks/decomposition.py): svd in fp64 1e-1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +51,11 @@ class Basis:
     right: Tensor | None
     spectrum: Tensor
     live: Tensor
+
+    @classmethod
+    def of(cls, decomposition: Decomposition, tensors: Mapping[str, Tensor]) -> Basis:
+        """The inverse of `tensors`."""
+        return cls(decomposition, tensors.get("left"), tensors.get("right"), tensors["spectrum"], tensors["live"])
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -93,29 +98,25 @@ def decompose(weight: Tensor, decomposition: Decomposition, dtype: torch.dtype =
     w = w.to(torch.float64 if exact else torch.float32)
     if not w.isfinite().all():
         raise ValueError("the weight holds NaN or infinite numbers and has no basis; load another model")
+    tall = w.shape[-2] > w.shape[-1]
     with full_fp32():
         if decomposition == "svd":
-            left, right, spectrum = _svd(w)
+            vectors, spectrum = _svd(w.mT if tall else w)
+            side, vectors = ("right", vectors.mT) if tall else ("left", vectors)
         elif decomposition == "lq":
-            left, (right, spectrum) = None, _lq(w)
+            side, (vectors, spectrum) = "right", _lq(w)
         else:
-            right, (left, spectrum) = None, _lq(w.mT)
-            left = left.mT
+            vectors, spectrum = _lq(w.mT)
+            side, vectors = "left", vectors.mT
     live = (spectrum >= LIVE * spectrum.amax(-1, keepdim=True)) & (spectrum > 0)
-    left, right, spectrum = (
-        None if t is None else t.to(home, dtype).contiguous() for t in (left, right, spectrum)
-    )  # fmt: skip
-    return Basis(decomposition, left, right, spectrum, live.to(home))
+    parts = {side: vectors.to(home, dtype).contiguous(), "spectrum": spectrum.to(home, dtype), "live": live.to(home)}
+    return Basis.of(decomposition, parts)
 
 
-def _svd(w: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(U, None, S) of a wide or square w, else (None, V^T, S)."""
-    wide = w.shape[-2] <= w.shape[-1]
-    gram = w @ w.mT if wide else w.mT @ w
-    del w
-    values, vectors = torch.linalg.eigh(gram)
-    sigma, vectors = values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
-    return (vectors, None, sigma) if wide else (None, vectors.mT, sigma)
+def _svd(w: Tensor) -> tuple[Tensor, Tensor]:
+    """U `(..., k, k)` and S `(..., k)`, descending, of a wide or square w, from w w^T = U S^2 U^T."""
+    values, vectors = torch.linalg.eigh(w @ w.mT)
+    return vectors.flip(-1), values.flip(-1).clamp(min=0).sqrt()
 
 
 def _lq(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,32 +164,36 @@ def _cholesky(gram: Tensor) -> Tensor:
 def complete(basis: Basis, weight: Tensor) -> Basis:
     """The basis with all that D needs: of `svd` the second side, S^-1 U^T W or W V S^-1, 0 where it is not live.
 
-    `weight` is the one that was decomposed; the result has the wider dtype of the two and its device. Lengths are
-    taken from the product itself, so that errors in S do not count.
+    `weight` is the one that was decomposed, on the basis's device; the second side has the wider dtype of the two.
     """
-    if basis.decomposition != "svd" or (basis.left is not None and basis.right is not None):
+    if basis.decomposition != "svd":
         return basis
-    kept = basis.right if basis.left is None else basis.left.mT
-    dtype = torch.promote_types(kept.dtype, weight.dtype)
-    kept, w = kept.to(weight.device, dtype), weight.to(dtype)
+    if basis.right is None and basis.left is not None:
+        return replace(basis, right=_other_side(basis.left.mT, weight, basis.live))
+    if basis.left is None and basis.right is not None:
+        return replace(basis, left=_other_side(basis.right, weight.mT, basis.live).mT)
+    return basis
+
+
+def _other_side(kept: Tensor, w: Tensor, live: Tensor) -> Tensor:
+    """The rows of kept W, scaled to length 1: lengths from the product itself leave errors of S out."""
+    dtype = torch.promote_types(kept.dtype, w.dtype)
     with full_fp32():
-        other = kept @ (w.mT if basis.left is None else w)
-    other = other / other.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-    other = torch.where(basis.live.to(weight.device)[..., None], other, 0.0)
-    if basis.left is None:
-        return replace(basis, left=other.mT, right=kept)
-    return replace(basis, left=kept.mT, right=other)
+        other = F.normalize(kept.to(dtype) @ w.to(dtype), dim=-1, eps=torch.finfo(dtype).tiny)
+    return torch.where(live[..., None], other, 0.0)
 
 
 def spectral_change(basis: Basis, delta: Tensor, weight: Tensor) -> Tensor:
     """D `(..., out, in)` of a delta `(..., k)`, 0 where the spectrum is not live; `weight` is the one decomposed."""
     delta = torch.where(basis.live, delta, 0.0)
     basis = complete(basis, weight)
-    if basis.decomposition == "svd":
+    if basis.left is not None and basis.right is not None:
         scaled = basis.left * delta[..., None, :]
-        return scaled @ basis.right.to(scaled.dtype)
-    if basis.decomposition == "lq":
+        dtype = torch.promote_types(scaled.dtype, basis.right.dtype)
+        return scaled.to(dtype) @ basis.right.to(dtype)
+    if basis.right is not None:
         return _padded(delta[..., :, None] * basis.right, weight.shape)
+    assert basis.left is not None
     return _padded(basis.left * delta[..., None, :], weight.shape)
 
 

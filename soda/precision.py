@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def is_fast_in_fp64(device: torch.device) -> bool:
     with full_fp32():
         for dtype in (torch.float32, torch.float64):
             a = torch.ones(TIMED_SIZE, TIMED_SIZE, device=device, dtype=dtype)
-            seconds[dtype] = _seconds(lambda a=a: (a @ a)[0, 0].item(), repeats=3)
+            seconds[dtype] = _seconds(partial(_product, a), repeats=3)
     return seconds[torch.float64] <= FAST * seconds[torch.float32]
 
 
@@ -69,7 +69,11 @@ def solver_device(device: torch.device, decomposition: Decomposition) -> torch.d
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(TIMED_SIZE, TIMED_SIZE, generator=generator, dtype=torch.float64)
     gram = w @ w.mT
-    return min((device, CPU), key=lambda place: _seconds(lambda: _eigenvalue(gram.to(place)), repeats=1))
+    return min((device, CPU), key=lambda place: _seconds(partial(_eigenvalue, gram.to(place)), repeats=1))
+
+
+def _product(a: Tensor) -> float:
+    return (a @ a)[0, 0].item()
 
 
 def _eigenvalue(gram: Tensor) -> float:

@@ -21,8 +21,6 @@ from ..errors import SodaTrainingError
 from ..fingerprint import sketch
 from ..kronecker import factor_sizes, log_rotation, rotate, triangle
 
-PARTS = ("left", "right", "spectrum", "live")
-
 
 class ShapeGroup(nn.Module):
     """All weights of one shape: their base `(B, out, in)` fp32, its basis, deltas, and places of their factors."""
@@ -36,7 +34,7 @@ class ShapeGroup(nn.Module):
         self.delta = None
         basis = _basis(weights, decomposition)
         if basis is not None:
-            for part in PARTS:
+            for part in ("left", "right", "spectrum", "live"):
                 self.register_buffer(part, getattr(basis, part), persistent=False)
             self.delta = nn.Parameter(torch.zeros_like(basis.spectrum))
 
@@ -66,8 +64,8 @@ def _basis(weights: Tensor, decomposition: Decomposition) -> Basis | None:
     bases = [basis.tensors() for _, basis in decompose_all(named, decomposition, device=weights.device)]
     if not bases:
         return None
-    parts = (torch.stack([b[part] for b in bases]).to(weights.device) if part in bases[0] else None for part in PARTS)
-    return complete(Basis(decomposition, *parts), weights)
+    parts = {part: torch.stack([b[part] for b in bases]).to(weights.device) for part in bases[0]}
+    return complete(Basis.of(decomposition, parts), weights)
 
 
 class SodaParameters(nn.Module):
