@@ -9,7 +9,8 @@ is trained (for `svd` that is SVDiff, arXiv 2303.11305); the adapter's form and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,19 @@ from ..bases import decompose_all
 from ..decomposition import Basis, complete, spectral_change
 from ..errors import SodaTrainingError
 from ..fingerprint import sketch
-from ..kronecker import factor_sizes, log_rotation, rotate, triangle
+from ..kronecker import MAX_FACTORS, factor_sizes, log_rotation, rotate, triangle
+
+Factors = int | Mapping[int, Sequence[int]]
 
 
 class ShapeGroup(nn.Module):
     """All weights of one shape: their base `(B, out, in)` fp32, its basis, deltas, and places of their factors."""
 
-    def __init__(self, names: list[str], weights: Tensor, decomposition: Decomposition, factors: int):
+    def __init__(self, names: list[str], weights: Tensor, decomposition: Decomposition, factors: Factors):
         super().__init__()
         self.names, self.decomposition = names, decomposition
         self.register_buffer("base", weights, persistent=False)
-        self.sizes = factor_sizes(weights.shape[1 if decomposition == "qr" else 2], factors)
+        self.sizes = _sizes(weights.shape[1 if decomposition == "qr" else 2], factors)
         self.rows: list[slice] = []  # of factor j in the bank of size n_j
         self.delta = None
         basis = _basis(weights, decomposition)
@@ -58,6 +61,17 @@ class ShapeGroup(nn.Module):
         return rotate(w.mT, factors).mT if self.decomposition == "qr" else rotate(w, factors)
 
 
+def _sizes(dimension: int, factors: Factors) -> tuple[int, ...]:
+    if isinstance(factors, int):
+        return factor_sizes(dimension, factors)
+    sizes = tuple(factors.get(dimension, ()))
+    if math.prod(sizes) != dimension or not 1 <= len(sizes) <= MAX_FACTORS or min(sizes) < 1:
+        raise SodaTrainingError(
+            f"the factor sizes {sizes} do not turn {dimension} dimensions; give 1 to {MAX_FACTORS} sizes of that product"
+        )
+    return sizes
+
+
 def _basis(weights: Tensor, decomposition: Decomposition) -> Basis | None:
     """The basis of `(B, out, in)` weights on their device, with both sides: each step needs them."""
     named = {str(i): weight for i, weight in enumerate(weights)}
@@ -71,14 +85,15 @@ def _basis(weights: Tensor, decomposition: Decomposition) -> Basis | None:
 class SodaParameters(nn.Module):
     """Parameters for `weights`, a mapping of layer names to `(out, in)` tensors, which are not modified.
 
-    Raises SodaTrainingError if there is nothing to train.
+    `factors` is their number, for sizes by the rule of `factor_sizes`, or the sizes of each rotated dimension.
+    Raises SodaTrainingError if there is nothing to train or the sizes do not fit.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         decomposition: Decomposition = "lq",
-        factors: int = 3,
+        factors: Factors = 3,
         rotation: bool = True,
     ):
         super().__init__()

@@ -1,11 +1,13 @@
-"""The bases against torch.linalg's SVD and QR in double precision, of any shape and rank."""
+"""The bases against torch.linalg's SVD and Gram-Schmidt in double precision, of any shape and rank."""
+
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soda.decomposition import LIVE, decompose, spectral_change
+from soda.decomposition import LIVE, Basis, _cholesky_lq, complete, decompose, spectral_change
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 SEEDS = st.integers(0, 2**31)
@@ -47,15 +49,39 @@ def well_conditioned(shape, seed):
     return u @ torch.diag(torch.linspace(3, 1, len(s), dtype=torch.float64)) @ vt
 
 
+def relative(found, exact):
+    return float(torch.linalg.matrix_norm(found.double() - exact) / torch.linalg.matrix_norm(exact))
+
+
 @pytest.mark.parametrize("decomposition", SPECTRAL)
 @given(shape=SHAPES, seed=SEEDS)
 def test_the_change_is_the_naive_one(decomposition, shape, seed):
     w = well_conditioned(shape, seed)
     delta = normal(min(shape), seed=seed + 1)
-    basis = decompose(w, decomposition)
-    assert basis.live.all()
-    change = spectral_change(basis, delta, shape)
-    torch.testing.assert_close(change.double(), naive_change(w, delta, decomposition), rtol=0, atol=2e-5)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        basis = decompose(w, decomposition, dtype)
+        assert basis.live.all() and basis.spectrum.dtype == dtype
+        change = spectral_change(basis, delta, w)
+        torch.testing.assert_close(change.double(), naive_change(w, delta, decomposition), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (150, 240), (240, 150)])
+@pytest.mark.parametrize("lowest", [1e-1, 1e-2, 1e-3])
+def test_the_precision_promised(shape, lowest):
+    """Against fp64 SVD and Householder QR, spectra over one to three orders of magnitude."""
+    k = min(shape)
+    u, _, vt = torch.linalg.svd(normal(*shape, seed=0), full_matrices=False)
+    w = ((u * torch.logspace(0, math.log10(lowest), k, dtype=torch.float64)) @ vt).float()
+    delta = normal(k, seed=1)
+    u, _, vt = torch.linalg.svd(w.double(), full_matrices=False)
+    exact = (u * delta) @ vt
+    assert relative(spectral_change(decompose(w, "svd", torch.float64), delta, w), exact) <= 1e-9
+    assert relative(spectral_change(decompose(w, "svd"), delta.float(), w), exact) <= 1e-7 / lowest
+    q, t = torch.linalg.qr(w.double()[:k].mT)
+    exact = torch.zeros(shape, dtype=torch.float64)
+    exact[:k] = (delta * t.diagonal().sign())[:, None] * q.mT
+    assert relative(spectral_change(decompose(w, "lq", torch.float64), delta, w), exact) <= 1e-11
+    assert relative(spectral_change(decompose(w, "lq"), delta.float(), w), exact) <= max(1e-5, 3e-8 / lowest)
 
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
@@ -64,13 +90,64 @@ def test_svd_is_canonical(shape):
     u, _, vt = torch.linalg.svd(normal(*shape, seed=0), full_matrices=False)
     sigma = torch.linspace(1.04, 1, min(shape), dtype=torch.float64)
     w = u @ torch.diag(sigma) @ vt
-    basis = decompose(w, "svd")
-    torch.testing.assert_close(basis.spectrum.double(), sigma, rtol=0, atol=1e-6)
+    basis = decompose(w, "svd", torch.float64)
+    torch.testing.assert_close(basis.spectrum, sigma, rtol=0, atol=1e-12)
     delta = normal(min(shape), seed=1)
-    exact = (u * delta) @ vt
-    error = torch.linalg.matrix_norm(spectral_change(basis, delta, shape).double() - exact)
-    assert error <= 2e-6 * torch.linalg.matrix_norm(exact)
+    assert relative(spectral_change(basis, delta, w), (u * delta) @ vt) <= 1e-10
+    assert relative(spectral_change(decompose(w, "svd"), delta, w), (u * delta) @ vt) <= 2e-6
     assert (basis.spectrum.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (8, 8)])
+def test_svd_keeps_the_smaller_side_and_completes_the_other(shape):
+    batch = normal(3, *shape, seed=1)
+    batch[1, :, 0] = batch[1, :, 1] = batch[1, 0] = 0
+    basis = decompose(batch, "svd", torch.float64)
+    k = min(shape)
+    kept = basis.left if shape[0] <= shape[1] else basis.right
+    assert kept.shape == (3, k, k) and (basis.left is None) == (shape[0] > shape[1]) == (basis.right is not None)
+    both = complete(basis, batch)
+    rebuilt = (both.left * both.spectrum[..., None, :]) @ both.right
+    torch.testing.assert_close(rebuilt, batch, rtol=0, atol=1e-12)
+    assert complete(both, batch) is both
+    delta = normal(3, k, seed=2)
+    assert torch.equal(spectral_change(both, delta, batch), spectral_change(basis, delta, batch))
+    assert complete(decompose(batch, "lq"), batch).left is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(k=st.integers(1, 20), more=st.integers(0, 8), seed=SEEDS, scales=st.booleans())
+def test_cholesky_finds_the_same_rows_as_gram_schmidt(dtype, k, more, seed, scales):
+    """The way of GPUs, on any matrix that has rows of its own."""
+    w = well_conditioned((k, k + more), seed) * torch.exp(normal(k, 1, seed=seed + 1) * (3 if scales else 0))
+    exact = naive_change(w, torch.ones(k, dtype=torch.float64), "lq")
+    torch.testing.assert_close(
+        _cholesky_lq(w.to(dtype)).double(), exact, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-11
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_leaves_dependent_rows_to_householder(dtype):
+    batch = normal(4, 10, 12, seed=3).to(dtype)
+    batch[1, 6:] = batch[1, :4] + batch[1, 1:5]
+    batch[2] = 0
+    batch[3, 5] = batch[3, 4] * (1 + 1e-12)
+    q = _cholesky_lq(batch)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-8
+    torch.testing.assert_close(q @ q.mT, torch.eye(10, dtype=dtype).expand(4, -1, -1), rtol=0, atol=tolerance)
+    torch.testing.assert_close((batch @ q.mT).triu(1), torch.zeros(4, 10, 10, dtype=dtype), rtol=0, atol=10 * tolerance)
+    torch.testing.assert_close(q[0], _cholesky_lq(batch[0]), rtol=0, atol=tolerance)
+
+
+@given(shape=SHAPES, seed=SEEDS)
+def test_a_basis_fits_its_own_shape_alone(shape, seed):
+    for decomposition in SPECTRAL:
+        basis = decompose(normal(*shape, seed=seed), decomposition)
+        assert basis.fits(shape)
+        assert not basis.fits((shape[0] + 1, shape[1] + 1))
+        assert Basis.of(decomposition, basis.tensors()) == basis
+        assert not decompose(normal(*shape, seed=seed), decomposition, torch.float64).fits(shape)
+        assert basis.nbytes == 5 * min(shape) + 4 * sum(t.numel() for t in (basis.left, basis.right) if t is not None)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)])
@@ -102,7 +179,7 @@ def test_the_spectrum_moves_by_delta(decomposition):
     w = well_conditioned((12, 20) if decomposition == "lq" else (20, 12), 5)
     delta = 0.02 * normal(12, seed=6).abs()
     basis = decompose(w, decomposition)
-    shifted = decompose(w + spectral_change(basis, delta, w.shape), decomposition)
+    shifted = decompose(w + spectral_change(basis, delta, w), decomposition)
     moved = basis.spectrum + delta.float()
     if decomposition == "svd":
         moved = moved.sort(descending=True).values
@@ -116,7 +193,7 @@ def test_low_precision_weights_decompose_as_their_fp32_copies(decomposition, dty
     low, full = decompose(w, decomposition), decompose(w.float(), decomposition)
     assert low.spectrum.dtype == torch.float32 and torch.equal(low.spectrum, full.spectrum)
     delta = torch.ones(10)
-    assert torch.equal(spectral_change(low, delta, w.shape), spectral_change(full, delta, w.shape))
+    assert torch.equal(spectral_change(low, delta, w), spectral_change(full, delta, w))
 
 
 @pytest.mark.parametrize("decomposition", SPECTRAL)
@@ -127,12 +204,12 @@ def test_a_batch_is_each_alone(decomposition, shape):
     batch[3, :, 0] = batch[3, :, 1]
     delta = normal(4, min(shape), seed=4)
     basis = decompose(batch, decomposition)
-    changes = spectral_change(basis, delta, shape)
+    changes = spectral_change(basis, delta, batch)
     for b in range(4):
         alone = decompose(batch[b], decomposition)
         assert torch.equal(basis.live[b], alone.live)
         torch.testing.assert_close(basis.spectrum[b], alone.spectrum, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(changes[b], spectral_change(alone, delta[b], shape), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(changes[b], spectral_change(alone, delta[b], batch[b]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decomposition", SPECTRAL)
@@ -144,9 +221,9 @@ def test_noise_directions_take_no_delta(decomposition, shape):
     assert int(basis.live.sum()) == 5
     assert torch.equal(basis.live, basis.spectrum >= LIVE * basis.spectrum.max())
     delta = normal(min(shape), seed=9)
-    change = spectral_change(basis, delta, shape)
+    change = spectral_change(basis, delta, w)
     assert torch.isfinite(change).all()
-    assert torch.equal(change, spectral_change(basis, torch.where(basis.live, delta, 1e3), shape))
+    assert torch.equal(change, spectral_change(basis, torch.where(basis.live, delta, 1e3), w))
     if decomposition == "svd":
         u, _, vt = torch.linalg.svd(w, full_matrices=False)
         exact = (u[:, :5] * delta[:5]) @ vt[:5]
@@ -156,9 +233,10 @@ def test_noise_directions_take_no_delta(decomposition, shape):
 @pytest.mark.parametrize("decomposition", SPECTRAL)
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (1, 1)])
 def test_a_zero_weight_takes_no_delta(decomposition, shape):
-    basis = decompose(torch.zeros(shape), decomposition)
+    w = torch.zeros(shape)
+    basis = decompose(w, decomposition)
     assert not basis.live.any() and torch.isfinite(basis.spectrum).all()
-    assert not spectral_change(basis, torch.ones(min(shape)), shape).any()
+    assert not spectral_change(basis, torch.ones(min(shape)), w).any()
 
 
 @pytest.mark.parametrize("decomposition", SPECTRAL)
@@ -166,8 +244,8 @@ def test_a_zero_weight_takes_no_delta(decomposition, shape):
 def test_the_scale_of_the_weight_does_not_matter(decomposition, scale):
     w = well_conditioned((9, 7), 1)
     delta = normal(7, seed=2)
-    unit = spectral_change(decompose(w, decomposition), delta, w.shape)
-    scaled = spectral_change(decompose(w * scale, decomposition), delta, w.shape)
+    unit = spectral_change(decompose(w, decomposition), delta, w)
+    scaled = spectral_change(decompose(w * scale, decomposition), delta, w * scale)
     torch.testing.assert_close(scaled, unit, rtol=0, atol=1e-5)
 
 
@@ -177,3 +255,6 @@ def test_none_has_no_basis_and_the_rest_is_refused():
         decompose(torch.ones(2, 2), "lu")
     with pytest.raises(ValueError, match="no matrix"):
         decompose(torch.ones(3), "lq")
+    for kind in SPECTRAL:
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            decompose(torch.tensor([[1.0, float("nan")]]), kind)

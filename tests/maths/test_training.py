@@ -59,6 +59,37 @@ def test_what_is_stored_is_what_was_trained(kind):
         assert not torch.allclose(again, base, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["lq", "svd", "qr"])
+def test_without_rotation_only_the_spectrum_is_trained(kind):
+    """SVDiff and its kin: no factor moves, and the adapter has the form of any other, so that it mixes with them."""
+    base, targets = weights(), weights(0.1, seed=1)
+    parameters = SodaParameters(base, kind, rotation=False)
+    assert not parameters.rotations() and all(torch.equal(parameters()[name], base[name]) for name in base)
+    losses = train(parameters, distance_to(targets), TrainingSettings(15, 0.03), lambda *_: None)
+    assert losses[-1] < losses[0]
+    layers, adapted, turning = parameters.layers(), parameters(), SodaParameters(base, kind).layers()
+    for name, w in base.items():
+        (layer,) = layers[name]
+        assert layer.sizes == turning[name][0].sizes and not any(log.any() for log in layer.logs)
+        assert layer.delta.any() and torch.allclose(adapt(w, [layer], bases(w, kind)), adapted[name], atol=1e-5)
+    both = mix([(Adapter(layers), 0.5), (Adapter(turning), 0.5)])
+    assert both.is_single_form()[0]
+
+
+def test_without_rotation_and_decomposition_there_is_nothing_to_train():
+    with pytest.raises(SodaTrainingError, match="nothing to train"):
+        SodaParameters(weights(), "none", rotation=False)
+
+
+def test_factor_sizes_can_be_given():
+    base = {name: w for name, w in weights().items() if name in "bc"}
+    layers = SodaParameters(base, factors={12: (6, 1, 2), 20: [20]}).layers()
+    assert layers["b"][0].sizes == (20,) and layers["c"][0].sizes == (6, 1, 2)
+    for wrong in ({12: (6, 2)}, {12: (6, 2), 20: (4, 4)}, {12: (6, 2), 20: (-4, -5)}, {12: (12,), 20: (1,) * 5 + (20,)}):
+        with pytest.raises(SodaTrainingError, match="do not turn 20 dimensions"):
+            SodaParameters(base, factors=wrong)
+
+
 def test_svd_stores_no_negative_singular_value():
     parameters = SodaParameters(weights(), "svd")
     with torch.no_grad():
