@@ -7,6 +7,8 @@
 
 from .adapt import adapt
 from .adapter import Adapter, Layer
+from .bases import decompose_all
+from .basis_cache import BasisCache
 from .decomposition import Basis, decompose, spectral_change
 from .errors import SodaError, SodaFileError, SodaMixError, SodaTrainingError
 from .file import load, save, validate
@@ -17,6 +19,7 @@ from .stiefel import StiefelAdam
 __all__ = [
     "Adapter",
     "Basis",
+    "BasisCache",
     "Layer",
     "SodaError",
     "SodaFileError",
@@ -25,6 +28,7 @@ __all__ = [
     "StiefelAdam",
     "adapt",
     "decompose",
+    "decompose_all",
     "factor_sizes",
     "load",
     "mix",

@@ -67,7 +67,7 @@ def _sizes(dimension: int, factors: Factors) -> tuple[int, ...]:
     sizes = tuple(factors.get(dimension, ()))
     if math.prod(sizes) != dimension or not 1 <= len(sizes) <= MAX_FACTORS or min(sizes) < 1:
         raise SodaTrainingError(
-            f"the factor sizes {sizes} do not turn {dimension} dimensions; give 1 to {MAX_FACTORS} sizes of that product"
+            f"the factor sizes {sizes} do not turn {dimension} dimensions; give 1 to {MAX_FACTORS} with that product"
         )
     return sizes
 
