@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from soda.bases import decompose_all
+from soda.bases import WORKING_SET, decompose_all
 from soda.basis_cache import BasisCache
 from soda.decomposition import LOOPED, decompose, spectral_change
 from soda.precision import is_fast_in_fp64, solver_device
@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fraction", type=float, default=1.0, help="share of each shape that is run")
-    parser.add_argument("--working-set", type=int, default=1024, help="MiB")
+    parser.add_argument("--working-set", type=int, default=WORKING_SET // MEBI, help="MiB")
     parser.add_argument("--peak", choices=["svd", "lq"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -11,7 +11,7 @@ from .adapter import Decomposition
 from .decomposition import Basis, decompose
 from .precision import CPU, is_fast_in_fp64, solver_device
 
-WORKING_SET = 1 << 30  # bytes; larger batches are no faster
+WORKING_SET = 3 << 28  # bytes, some seven 1280 x 1280 at a time; larger batches are no faster
 Progress = Callable[[int, int], None]
 
 
