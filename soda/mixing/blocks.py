@@ -36,7 +36,8 @@ def layer_weight(weight: Weight, layer: str) -> float:
     """The weight of one layer. Raises SodaMixError if two patterns of equal length claim it."""
     if not isinstance(weight, Mapping):
         return weight
-    found = sorted((pattern for pattern in weight if pattern != REST and matches(pattern, layer)), key=len)
+    found = [pattern for pattern in weight if pattern != REST and matches(pattern, layer)]
+    found.sort(key=lambda pattern: (len(pattern), pattern))
     if not found:
         return weight.get(REST, 0.0)
     if len(found) > 1 and len(found[-1]) == len(found[-2]):
