@@ -30,9 +30,10 @@ one adapter at weight w is the mix at weight 1, scaled by w (karcher: w > 0). ne
 order: a permutation of the adapters changes no bit. orthogonality: where all delta are 0, W has W0's singular values.
 spectrum: W has the singular values of W0 + sum w_i D_i. size: adapters of one form mix to one of that form, which a
 file can hold. sketch: the mix has the sketch of its D. unlike bases: adapters of unlike decompositions with equal
-factor sizes mix; their terms stay side by side, (W0 + sum D_i) R^T, one R per side. unlike sizes: so do adapters of
-unlike factor sizes, through the dense exp(sum w_i log R_i); neither can be saved as one file. Where an operator
-refuses, SodaMixError says what to do. A layer that only some adapters have is mixed from these.
+factor sizes mix; their terms stay side by side, (W0 + sum D_i) R^T, the first of them with the R of all on its side
+(only `none`, which has no D, merges into it). unlike sizes: so do adapters of unlike factor sizes, through the dense
+exp(sum w_i log R_i). Neither can be saved as one file. Where an operator refuses, SodaMixError says what to do. A layer
+that only some adapters have is mixed from these.
 
 A weight is a number or a mapping of blocks to numbers (`blocks`), so that all of this holds layer by layer.
 """

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy
 import torch
@@ -26,13 +27,15 @@ from .terms import Term, combine, common_turn, weighted_sum
 
 
 def lie_sum(name: str, terms: Sequence[Term]) -> tuple[Layer, ...]:
+    """Adapters of any form, exactly."""
     return combine(name, terms, weighted_sum, weighted_sum)
 
 
 def ties(name: str, terms: Sequence[Term], *, density: float = 0.5) -> tuple[Layer, ...]:
+    """Raises SodaMixError for unlike factor sizes, whose coordinates have no signs in common."""
     _check(density)
     common_turn(name, terms, "ties")
-    trimmed = [term._replace(layer=_each(term.layer, lambda t: trim(t, density))) for term in terms]
+    trimmed = [term._replace(layer=_each(term.layer, partial(trim, density=density))) for term in terms]
     return combine(name, trimmed, elected_sum, elected_sum)
 
 
@@ -44,7 +47,7 @@ def dare(name: str, terms: Sequence[Term], *, density: float = 0.5, seed: int = 
     for term in terms:
         key = f"{seed}\0{term.source}\0{name}\0{term.layer.decomposition}\0{term.layer.sizes}"
         random = numpy.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
-        dropped.append(term._replace(layer=_each(term.layer, lambda t, random=random: drop(t, density, random))))
+        dropped.append(term._replace(layer=_each(term.layer, partial(drop, density=density, random=random))))
     return combine(name, dropped, weighted_sum, weighted_sum)
 
 
