@@ -1,6 +1,7 @@
 """Mixing: the sums written out, and the invariants that people rely on."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -66,19 +67,6 @@ def test_one_adapter_is_recovered_exactly():
     assert mix([(one, 0.25), (one, 0.75)]).content_hash == one.content_hash
 
 
-def test_weights_of_zero_are_the_base():
-    mixed = mix([(adapter(1), 0.0), (adapter(2), 0.0)])
-    assert adapt(W, mixed.layers["a"], {"lq": BASIS}) is W
-
-
-def test_the_mix_is_as_small_as_one_and_orthogonal():
-    mixed = mix([(adapter(i), 2.0) for i in range(4)])
-    assert mixed.is_single_form() == (True, "") and mixed.layers["a"][0].sizes == SIZES
-    still = Layer("none", None, mixed.layers["a"][0].logs)
-    turned = adapt(W, [still], {})
-    assert torch.allclose(torch.linalg.svdvals(turned), torch.linalg.svdvals(W), atol=1e-5)
-
-
 def test_a_mixs_sketch_is_that_of_its_change():
     (mixed,) = mix([(adapter(1), 0.6), (adapter(2), -1.2)]).layers["a"]
     assert torch.allclose(mixed.sketch, sketch(spectral_change(BASIS, mixed.delta, W.shape)), atol=1e-5)
@@ -94,6 +82,17 @@ def test_unlike_forms_stay_side_by_side():
     mixed = mix([(adapter(1), 1.0), (adapter(2, kind="svd"), 1.0), (adapter(3, sizes=(4, 6)), 1.0)])
     single, reason = mixed.is_single_form()
     assert len(mixed.layers["a"]) == 3 and not single and "'a'" in reason and "(4, 6)" in reason
+
+
+def test_lq_and_none_of_equal_sizes_are_one_lq():
+    """(W0 + D) R^T either way, so that a file can hold it."""
+    parts = [(adapter(1), 0.5), (adapter(2, kind="none"), 1.5)]
+    mixed = mix(parts)
+    (term,) = mixed.layers["a"]
+    assert mixed.is_single_form() == (True, "") and term.decomposition == "lq"
+    assert torch.equal(term.delta, 0.5 * parts[0][0].layers["a"][0].delta) and term.sketch is not None
+    apart = [layer.scaled(w) for a, w in parts for layer in a.layers["a"]]
+    assert torch.allclose(adapt(W, [term], {"lq": BASIS}), adapt(W, apart, {"lq": BASIS}), atol=1e-6)
 
 
 def test_a_form_of_weight_zero_does_not_stay():
@@ -126,6 +125,9 @@ def test_metadata_keeps_what_agrees_and_lists_the_parts():
     assert mixed.role == "other" and mixed.metadata["soda.base_model"] == "m.safetensors"
     assert mixed.metadata["modelspec.merged_from"] == "adapter 1, adapter 2"
     assert mixed.metadata["modelspec.trigger_phrase"] == "sks, in hatch style"
+    assert json.loads(mixed.metadata["soda.mix_operator"]) == {"operator": "lie_sum"}
+    pruned = mix([(one, 0.5), (two, 0.5)], operator="dare", density=0.9, seed=3)
+    assert json.loads(pruned.metadata["soda.mix_operator"]) == {"operator": "dare", "density": 0.9, "seed": 3}
     assert mix([(one, 0.5), (one, 0.2)]).role == "subject"
 
 
