@@ -53,8 +53,8 @@ class StiefelAdam(StiefelOptimizer):
         super()._check_settings(group)
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas are {group['betas']}; give two numbers from 0 up to but not including 1")
-        if not group["eps"] >= 0:
-            raise ValueError(f"eps is {group['eps']}; give at least 0")
+        if not group["eps"] > 0:
+            raise ValueError(f"eps is {group['eps']}; give more than 0, because the diagonals of Y and p are 0")
 
     def _tangent(
         self, x: Tensor, g: Tensor, moments: dict[str, Tensor], step: int, group: dict[str, Any]

@@ -14,7 +14,7 @@ from .precision import full_precision
 
 
 class StiefelOptimizer(Optimizer):
-    """Parameters are fp32 or fp64 `(..., n, m)`, n >= m: single matrices, or banks, whose leading dimensions count them.
+    """Parameters are fp32 or fp64 `(..., n, m)`, n >= m: single matrices, or banks that leading dimensions count.
 
     All parameters of a group that have one size are stepped together. A contiguous bank is stepped where it lies;
     several parameters are gathered into a bank and written back. The state of a parameter are its moments in the
@@ -109,7 +109,8 @@ class StiefelOptimizer(Optimizer):
         moments = {name: _gather([state[name] for state in states]) for name in names}
         x, g = _gather(parameters), _gather([p.grad for p in parameters if p.grad is not None])
         xi, zeta = self._tangent(x, g, moments, states[0]["step"], group)
-        _scatter(move(x, xi, zeta, moments.get("normal_momentum"), group["retraction"]), parameters)
+        move(x, xi, zeta, moments.get("normal_momentum"), group["retraction"])
+        _scatter(x, parameters)
         for name in names:
             _scatter(moments[name], [state[name] for state in states])
 
@@ -126,14 +127,15 @@ def _check_parameter(p: Tensor) -> None:
 
 def _gather(tensors: list[Tensor]) -> Tensor:
     """One bank `(B, n, m)`: a view if there is one contiguous tensor, else a copy."""
-    banks = [tensor.reshape(-1, *tensor.shape[-2:]) for tensor in tensors]
-    return banks[0] if len(banks) == 1 else torch.cat(banks)
+    n, m = tensors[0].shape[-2:]
+    if len(tensors) == 1:
+        return tensors[0].reshape(-1, n, m)
+    return torch.cat([t if t.dim() == 2 else t.reshape(-1, m) for t in tensors]).view(-1, n, m)
 
 
 def _scatter(bank: Tensor, tensors: list[Tensor]) -> None:
     """Write a bank back to the tensors that it was gathered from, unless it lies in them."""
     if bank.data_ptr() == tensors[0].data_ptr():
         return
-    counts = [tensor.shape[:-2].numel() for tensor in tensors]
-    parts = [part.reshape(tensor.shape) for part, tensor in zip(bank.split(counts), tensors, strict=True)]
-    torch._foreach_copy_(tensors, parts)
+    rows = bank.flatten(0, 1).split([t.shape[:-1].numel() for t in tensors])
+    torch._foreach_copy_(tensors, [r if t.dim() == 2 else r.view(t.shape) for r, t in zip(rows, tensors, strict=True)])

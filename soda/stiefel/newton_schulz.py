@@ -26,20 +26,21 @@ def newton_schulz_steps(error: float, tolerance: float) -> int:
     return steps
 
 
-def polar(m: Tensor, error: float = 0.5, follow: Tensor | None = None) -> Tensor:
+def polar(m: Tensor, error: float = 0.5, follow: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """The polar factor of each `(..., n, m)`, n >= m, in M's dtype, for |M^T M - I|_2 <= `error` < 1.
 
-    `follow`, `(..., n, m)` too, is multiplied in place by the same (M^T M)^(-1/2).
+    `follow`, `(..., n, m)` too, is multiplied in place by the same (M^T M)^(-1/2). `out`, contiguous and of M's shape,
+    takes the result.
     """
     bank, on_cpu = m.reshape(-1, *m.shape[-2:]), m.device.type == "cpu"
     tolerance = torch.finfo(m.dtype).eps
-    for _ in range(newton_schulz_steps(error, tolerance)):
+    for left in reversed(range(newton_schulz_steps(error, tolerance))):
         s = torch.bmm(bank.mT, bank)
         s.diagonal(dim1=-2, dim2=-1).sub_(1)
-        last = on_cpu and not 0.75 * float(torch.linalg.vector_norm(s, dim=-1).max()) ** 2 > tolerance
-        bank = torch.baddbmm(bank, bank, s, alpha=-0.5)
+        last = left == 0 or (on_cpu and not 0.75 * float(torch.linalg.vector_norm(s, dim=-1).max()) ** 2 > tolerance)
         if follow is not None:
-            follow.view_as(bank).copy_(torch.baddbmm(follow.view_as(bank), follow.view_as(bank), s, alpha=-0.5))
+            follow.copy_(torch.baddbmm(follow.view_as(bank), follow.view_as(bank), s, alpha=-0.5).view_as(follow))
+        bank = torch.baddbmm(bank, bank, s, alpha=-0.5, out=out.view_as(bank) if last and out is not None else None)
         if last:
             break
-    return bank.reshape(m.shape)
+    return bank.view(m.shape)
