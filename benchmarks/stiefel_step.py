@@ -52,6 +52,8 @@ class PublishedLoop:
         self.t += 1
         b1, b2 = self.betas
         for x, (y, p) in zip(self.matrices, self.momenta, strict=True):
+            if x.grad is None:
+                continue
             inner = x.T @ x.grad
             z = inner - inner.T
             y.mul_(b1).sub_(z, alpha=1 - b1)
