@@ -14,7 +14,7 @@ from .errors import SodaError, SodaFileError, SodaMixError, SodaTrainingError
 from .file import load, save, validate
 from .kronecker import factor_sizes
 from .mixing import mix
-from .stiefel import StiefelAdam
+from .stiefel import StiefelAdam, StiefelSGD
 
 __all__ = [
     "Adapter",
@@ -26,6 +26,7 @@ __all__ = [
     "SodaMixError",
     "SodaTrainingError",
     "StiefelAdam",
+    "StiefelSGD",
     "adapt",
     "decompose",
     "decompose_all",

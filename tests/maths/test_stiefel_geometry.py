@@ -1,0 +1,163 @@
+"""The way along St(n, m) and back onto it, against singular values, eigen-angles and the matrix exponential."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soda.stiefel.geometry import MAX_STEP, RETRACTIONS, hold, move, tangent_gradient
+from soda.stiefel.newton_schulz import newton_schulz_steps, polar
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def frames(count, n, m, seed=0, dtype=torch.float64):
+    return torch.linalg.qr(noise(count, n, m, seed=seed)).Q.to(dtype)
+
+
+def skew(count, n, length, seed=0):
+    a = noise(count, n, n, seed=seed)
+    a = a - a.mT
+    return length * a / torch.linalg.matrix_norm(a, 2)[:, None, None].clamp_min(1e-30)
+
+
+def normal(x, length, seed=0):
+    """Steps out of the span of X, of spectral norm `length`."""
+    zeta = noise(*x.shape, seed=seed)
+    zeta = zeta - x @ (x.mT @ zeta)
+    return length * zeta / torch.linalg.matrix_norm(zeta, 2)[:, None, None]
+
+
+def svd_polar(m):
+    u, _, vt = torch.linalg.svd(m, full_matrices=False)
+    return u @ vt
+
+
+def off_manifold(x):
+    return float((x.double().mT @ x.double() - torch.eye(x.shape[-1])).abs().max())
+
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(0, 5)).map(lambda t: (t[0], t[1] + t[2], t[1]))
+
+
+@given(shape=shapes, error=st.floats(0, 0.5), seed=st.integers(0, 2**20))
+def test_polar_is_the_nearest_matrix_with_orthonormal_columns(shape, error, seed):
+    """M^T M - I of any sign up to its bound, and a matrix that follows."""
+    count, n, m = shape
+    q = frames(count, m, m, seed + 1)
+    s = (2 * torch.rand(count, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1) * error
+    matrix = frames(count, n, m, seed) @ (q * (1 + s).sqrt()[:, None]) @ q.mT
+    follow = noise(count, n, m, seed=seed + 2)
+    expected = follow @ ((q * (1 + s).rsqrt()[:, None]) @ q.mT)
+    torch.testing.assert_close(polar(matrix, follow=follow), svd_polar(matrix), rtol=0, atol=1e-13)
+    torch.testing.assert_close(follow, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("error", [1e-6, 0.125, 0.5, 0.625])
+def test_the_steps_of_other_devices_suffice(error, dtype):
+    """Where S is not looked at, the number of steps comes from the bound alone."""
+    x = torch.tensor([1 + error, 1 - error], dtype=torch.float64).sqrt()
+    for _ in range(newton_schulz_steps(error, torch.finfo(dtype).eps)):
+        x = x * (1 - (x * x - 1) / 2)
+    assert (x * x - 1).abs().max() <= 2 * torch.finfo(dtype).eps
+
+
+def test_polar_goes_to_out_and_takes_single_matrices():
+    matrix = 1.05 * frames(1, 5, 3)[0]
+    out = torch.empty_like(matrix)
+    result = polar(matrix, out=out)
+    assert result.shape == (5, 3) and torch.equal(result, out) and off_manifold(out) < 1e-14
+    assert off_manifold(matrix) > 0.1
+
+
+@pytest.mark.parametrize(
+    "retraction, angle",
+    [("polar", math.atan), ("cayley", lambda theta: 2 * math.atan(theta / 2)), ("exp", lambda theta: theta)],
+)
+@given(theta=st.floats(1e-3, 0.45), n=st.integers(2, 7), seed=st.integers(0, 2**20))
+def test_how_far_an_eigen_angle_turns(retraction, angle, theta, n, seed):
+    frame = frames(1, n, n, seed)
+    xi = torch.zeros(1, n, n, dtype=torch.float64)
+    xi[:, 0, 1], xi[:, 1, 0] = -theta, theta
+    x = frames(1, n, n, seed + 1)
+    start = x.clone()
+    move(x, frame @ xi @ frame.mT, None, None, retraction)
+    expected = torch.eye(n, dtype=torch.float64)[None].clone()
+    c, s = math.cos(angle(theta)), math.sin(angle(theta))
+    expected[:, :2, :2] = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+    torch.testing.assert_close(x, start @ frame @ expected @ frame.mT, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@given(shape=shapes.filter(lambda s: s[1] > s[2]), length=st.floats(1e-4, MAX_STEP), seed=st.integers(0, 2**20))
+def test_a_move_is_its_formula_and_keeps_position_and_momentum_apart(retraction, shape, length, seed):
+    """X^T X = I and X^T V = 0 go on; V along the step keeps its length when nothing turns within the span."""
+    count, n, m = shape
+    x, xi = frames(count, n, m, seed), skew(count, m, length, seed + 1)
+    zeta, v = normal(x, length, seed + 2), normal(x, 3.0, seed + 3)
+    eye = torch.eye(m, dtype=torch.float64)
+    tau = {
+        "polar": eye + xi,
+        "cayley": torch.linalg.inv(eye - xi / 2) @ (eye + xi / 2),
+        "exp": torch.linalg.matrix_exp(torch.cat([xi, xi]))[:count],  # of one alone it is wrong by 2e-10
+    }[retraction]
+    x1 = x @ tau
+    x2, v2 = x1 + zeta @ x1.mT @ x1, v - x1 @ zeta.mT @ v
+    values, vectors = torch.linalg.eigh(x2.mT @ x2)
+    root = (vectors * values.rsqrt()[:, None]) @ vectors.mT
+    x0, along = x.clone(), 2 * zeta
+    before = along.norm()
+    move(x, xi, zeta, v, retraction)
+    torch.testing.assert_close(x, x2 @ root, rtol=0, atol=1e-13)
+    torch.testing.assert_close(v, v2 @ root, rtol=0, atol=1e-12)
+    assert (x.mT @ v).abs().max() < 1e-13
+    move(x0, torch.zeros_like(xi), zeta, along, retraction)
+    torch.testing.assert_close(along.norm(), before, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_a_move_removes_drift(retraction):
+    x = frames(2, 6, 6) + 1e-3 * noise(2, 6, 6, seed=1)
+    move(x, skew(2, 6, 0.01), None, None, retraction)
+    assert off_manifold(x) < 1e-14
+
+
+@given(shape=shapes, a=st.sampled_from([0.5, 0.0, -1.0, 0.9]), seed=st.integers(0, 2**20))
+def test_the_tangent_gradient_represents_the_gradient_in_the_metric(shape, a, seed):
+    """<(Z, W), Q> in the metric tr Q^T (I - a X X^T) Q is tr G^T Q for every tangent Q."""
+    count, n, m = shape
+    x, g = frames(count, n, m, seed), noise(count, n, m, seed=seed + 1)
+    z, w = tangent_gradient(x, g, a)
+    assert torch.equal(z, -z.mT) and (w is None) == (n == m)
+    gradient = x @ z if w is None else x @ z + w
+    q = x @ skew(count, m, 1.0, seed + 2)
+    if n > m:
+        q = q + normal(x, 1.0, seed + 3)
+    metric = (gradient * (q - a * x @ (x.mT @ q))).sum()
+    torch.testing.assert_close(metric, (g * q).sum(), rtol=1e-10, atol=1e-12)
+
+
+@given(shape=shapes, length=st.floats(1e-6, 1e6), seed=st.integers(0, 2**20))
+def test_a_held_step_is_shorter_and_points_the_same_way(shape, length, seed):
+    step = noise(*shape, seed=seed)
+    step = length * step / torch.linalg.matrix_norm(step, keepdim=True)
+    held = hold(step.clone())
+    factor = (held * step).sum((1, 2)) / (step * step).sum((1, 2))
+    torch.testing.assert_close(held, factor[:, None, None] * step, rtol=1e-12, atol=0)
+    gram = torch.linalg.matrix_norm(step.mT @ step)
+    torch.testing.assert_close(factor, (MAX_STEP / gram.sqrt()).clamp(max=1.0), rtol=1e-12, atol=0)
+    assert torch.linalg.matrix_norm(held, 2).max() <= MAX_STEP * (1 + 1e-12)
+
+
+def test_absurd_steps_are_held_too():
+    """Entries whose squares overflow, none at all, and a long and a short one in one bank."""
+    step = torch.stack([torch.full((3, 3), 1e18), torch.full((3, 3), 3e38), torch.zeros(3, 3), 1e-3 * torch.eye(3)])
+    held = hold(step.clone())
+    assert held.isfinite().all() and (torch.linalg.matrix_norm(held, 2) <= MAX_STEP * 1.0001).all()
+    assert held[0].norm() > 0.4 and not held[2].any()
+    torch.testing.assert_close(held[3], step[3], rtol=1e-6, atol=0)
