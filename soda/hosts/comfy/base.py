@@ -7,7 +7,6 @@ Decompositions are computed from those originals, batched by shape, and shared b
 from __future__ import annotations
 
 import hashlib
-import re
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
@@ -16,20 +15,17 @@ from dataclasses import dataclass
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 
-from ...adapter import Decomposition
+from ...adapter import Decomposition, split_rows
 from ...decomposition import Basis, decompose
 
-ROWS = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
 CHUNK_ELEMENTS = 1 << 26  # at most 256 MiB of fp32 weights are decomposed in one batch
 CACHE_BYTES = 6 << 30  # SDXL's 560 matrices in one decomposition take 3.6 GiB
 
 
 def split_name(layer: str) -> tuple[str, tuple[int, int] | None]:
     """`path` or `path[a:b]` -> (state dict key, rows a to b of a fused weight or None)."""
-    match = ROWS.match(layer)
-    if match is None:
-        return f"{layer}.weight", None
-    return f"{match.group(1)}.weight", (int(match.group(2)), int(match.group(3)))
+    path, rows = split_rows(layer)
+    return f"{path}.weight", rows
 
 
 def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
