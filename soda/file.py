@@ -135,7 +135,7 @@ def save(adapter: Adapter, path: str | os.PathLike, dtype: torch.dtype = torch.f
     digest = hashlib.sha256(body).hexdigest()
     metadata = {"soda.format_version": FORMAT_VERSION, **adapter.metadata}
     metadata |= {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
-    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise SodaFileError(
