@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ from .names import architecture, kohya
 def save_difference(
     adapter: Adapter, base: BaseWeights, path: str | os.PathLike, dtype: torch.dtype = torch.float16,
     device: str = "cpu",
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Write the full change of every weight. Returns what the file's metadata say of it.
 
     Raises SodaFileError if the adapter does not fit the base or was trained on another one.
@@ -40,7 +41,7 @@ def save_difference(
     changes = Changes(adapter, base, device)
     family = architecture(base.attention())
     tensors = {f"{kohya(name, family)}.diff": change.to(dtype).cpu() for name, change in changes}
-    about: dict[str, object] = {"kind": "difference"} | changes.about()
+    about: dict[str, Any] = {"kind": "difference"} | changes.about()
     _write(Path(path), tensors, adapter, about, {})
     return about
 
@@ -48,7 +49,7 @@ def save_difference(
 def save_lora(
     adapter: Adapter, base: BaseWeights, path: str | os.PathLike, rank: int, dtype: torch.dtype = torch.float16,
     device: str = "cpu",
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Write the LoRA of this rank that is nearest to the adapter. Returns what the file's metadata say of it, with
     `energy_kept`, the share of ||dW||^2 over all layers, and `energy_kept_by_layer`.
 
@@ -131,7 +132,7 @@ class Changes:
                 self._sketches.append((here, term.sketch))
         return adapt(weight, terms, bases) - weight
 
-    def about(self) -> dict[str, object]:
+    def about(self) -> dict[str, Any]:
         """Where the changes come from, after the walk. Raises SodaFileError if the base turned out to be another."""
         error = relative_error(self._sketches)
         if error is not None and error > REFUSED_ERROR:
@@ -140,7 +141,7 @@ class Changes:
                 f"{self.base.path}: {self.adapter.name!r} was trained on other weights ({trained_on}); its spectrum "
                 f"would be off by about {error:.0%} here. Give the base that it was trained on"
             )
-        about: dict[str, object] = {"adapter": self.adapter.name, "base": self.base.path.name}
+        about: dict[str, Any] = {"adapter": self.adapter.name, "base": self.base.path.name}
         return about if error is None else about | {"spectrum_error": float(f"{error:.2g}")}
 
 
