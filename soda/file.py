@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -36,8 +37,9 @@ HEADER_LIMIT = 1 << 20  # ComfyUI's model sidebar reads no longer header
 HEADER_LIMIT_READ = 8 << 20  # a parser that is handed more would take memory without bounds
 LARGEST_LOG = 1000.0  # radians; beyond, exp(A) loses its digits, and training comes nowhere near
 TENSOR_LIMIT = 1 << 24  # numbers in one tensor: the triangle of a 5792 x 5792 factor
+FILE_LIMIT = 1 << 30  # bytes; SDXL's attention takes 5 MB
 NAME = re.compile(r"(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>[0-9]))")
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load(path: str | os.PathLike) -> Adapter:
@@ -48,14 +50,12 @@ def load(path: str | os.PathLike) -> Adapter:
     path = Path(path)
     try:
         _check_header(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _check_version(path, metadata)
             _check_names(path, file)
-            parts: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                layer, _, part = key.rpartition(".soda_")
-                parts.setdefault(layer, {})[part] = file.get_tensor(key).to(torch.float32)
+        # Into memory, not mapped: a mapped file cannot be replaced on Windows, and ends the process where it shrinks.
+        tensors = from_bytes(path.read_bytes())
     except FileNotFoundError:
         raise SodaFileError(f"{path}: there is no such file; choose an existing SODA adapter") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -65,9 +65,13 @@ def load(path: str | os.PathLike) -> Adapter:
             f"{path}: this is no readable safetensors file ({error}); it may be truncated or of another format. "
             "Download or save it again"
         ) from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".soda_")
+        parts.setdefault(name, {})[part] = tensor.to(torch.float32)
     if not parts:
         raise SodaFileError(f"{path}: the file holds no SODA layer; choose a file that SODA Save wrote")
-    layers = {name: (_layer(path, name, tensors),) for name, tensors in parts.items()}
+    layers = {name: (_layer(path, name, found),) for name, found in parts.items()}
     return Adapter(layers, metadata, path.stem)
 
 
@@ -198,6 +202,9 @@ def _check_names(path: Path, file: safe_open) -> None:
         if shape != (SKETCH_SIZE, SKETCH_SIZE) if sketch else len(shape) != 1 or shape[0] > TENSOR_LIMIT:
             expected = (SKETCH_SIZE, SKETCH_SIZE) if sketch else "(numbers,)"
             raise SodaFileError(f"{path}: tensor {_short(key)} has shape {shape}, expected {expected}; save it again")
+    size = path.stat().st_size
+    if size > FILE_LIMIT:
+        raise SodaFileError(f"{path}: the file has {size} bytes, an adapter at most {FILE_LIMIT}; save it again")
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Layer:

@@ -45,7 +45,7 @@ class BaseWeights(Mapping[str, Tensor]):
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
             self._keys = dict(entry for key in self._file.keys() for entry in _entries(key))  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: no room to map it
             raise SodaFileError(
                 f"{self.path}: the base cannot be read ({error}); give the checkpoint or UNet as a .safetensors file"
             ) from error
