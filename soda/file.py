@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .adapter import Adapter, Decomposition, Layer, factor_size
@@ -39,6 +38,7 @@ LARGEST_LOG = 1000.0  # radians; beyond, exp(A) loses its digits, and training c
 TENSOR_LIMIT = 1 << 24  # numbers in one tensor: the triangle of a 5792 x 5792 factor
 FILE_LIMIT = 1 << 30  # bytes; SDXL's attention takes 5 MB
 NAME = re.compile(r"(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>[0-9]))")
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -125,7 +125,7 @@ def save(adapter: Adapter, path: str | os.PathLike, dtype: torch.dtype = torch.f
         ok, reason = validate_layer(layer)
         if not ok:
             raise SodaFileError(f"{path}: layer {_short(name)} {reason}; train it again with a lower learning rate")
-        tensors |= {f"{name}.{part}": tensor.to(dtype).contiguous() for part, tensor in _parts(layer)}
+        tensors |= {f"{name}.{part}": tensor.detach().to("cpu", dtype).contiguous() for part, tensor in _parts(layer)}
     for key, tensor in tensors.items():
         if not NAME.fullmatch(key):
             raise SodaFileError(f"{path}: {_short(key)} cannot name a tensor; give the layer its module path as name")
@@ -133,9 +133,14 @@ def save(adapter: Adapter, path: str | os.PathLike, dtype: torch.dtype = torch.f
             raise SodaFileError(
                 f"{path}: tensor {_short(key)} has a number that is not finite in {dtype}; save it in fp32"
             )
-    plain = to_bytes(tensors)
-    start = 8 + int.from_bytes(plain[:8], "little")
-    header, body = json.loads(plain[8:start]), plain[start:]
+    header: dict[str, object] = {}
+    chunks: list[bytes] = []
+    end = 0
+    for key in sorted(tensors):
+        chunks.append(tensors[key].view(torch.uint8).numpy().tobytes())
+        start, end = end, end + len(chunks[-1])
+        header[key] = {"dtype": NAMES[dtype], "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+    body = b"".join(chunks)
     digest = hashlib.sha256(body).hexdigest()
     metadata = {"soda.format_version": FORMAT_VERSION, **adapter.metadata}
     metadata |= {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
