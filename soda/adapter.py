@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +28,12 @@ def factor_size(numbers: int) -> int:
     if n * (n - 1) // 2 != numbers:
         raise ValueError(f"{numbers} numbers are no strict upper triangle (0, 1, 3, 6, 10, ...)")
     return n
+
+
+def split_rows(layer: str) -> tuple[str, tuple[int, int] | None]:
+    """`path[a:b]` -> (path, (a, b)), rows a to b of a fused weight; `path` -> (path, None)."""
+    match = re.fullmatch(r"(.+)\[([0-9]{1,9}):([0-9]{1,9})\]", layer)
+    return (layer, None) if match is None else (match[1], (int(match[2]), int(match[3])))
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,22 @@ def spectral_change(basis: Basis, delta: Tensor, weight: Tensor) -> Tensor:
     return _padded(basis.left * delta[..., None, :], weight.shape)
 
 
-def _padded(x: Tensor, shape: torch.Size) -> Tensor:
+def spectral_product(basis: Basis, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """D x `(..., out, m)` of an x `(..., in, m)`, without D: far cheaper for few columns.
+
+    `weight` is the one that was decomposed; all in one dtype on one device.
+    """
+    delta = torch.where(basis.live, delta, 0.0)[..., None]
+    if basis.decomposition == "lq":
+        return _padded(delta * (basis.right @ x), (weight.shape[-2], x.shape[-1]))
+    if basis.decomposition == "qr":
+        return basis.left @ (delta * x[..., : delta.shape[-2], :])
+    share = torch.where(basis.live[..., None], delta / basis.spectrum[..., None], 0.0)
+    if basis.left is not None:
+        return basis.left @ (share * (basis.left.mT @ (weight @ x)))
+    return weight @ (basis.right.mT @ (share * (basis.right @ x)))
+
+
+def _padded(x: Tensor, shape: Sequence[int]) -> Tensor:
     rows, columns = shape[-2] - x.shape[-2], shape[-1] - x.shape[-1]
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x  # F.pad copies even where there is nothing to add

@@ -12,21 +12,21 @@ moment the path holds the old file or the new one.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from .adapter import Adapter, Decomposition, Layer, factor_size
+from .atomic import replace_file
 from .errors import SodaFileError
 from .fingerprint import SKETCH_SIZE
 from .kronecker import MAX_FACTORS
@@ -36,8 +36,10 @@ HEADER_LIMIT = 1 << 20  # ComfyUI's model sidebar reads no longer header
 HEADER_LIMIT_READ = 8 << 20  # a parser that is handed more would take memory without bounds
 LARGEST_LOG = 1000.0  # radians; beyond, exp(A) loses its digits, and training comes nowhere near
 TENSOR_LIMIT = 1 << 24  # numbers in one tensor: the triangle of a 5792 x 5792 factor
+FILE_LIMIT = 1 << 30  # bytes; SDXL's attention takes 5 MB
 NAME = re.compile(r"(?P<layer>.+)\.soda_(?P<part>lq|svd|qr|sketch|log_R(?P<factor>[0-9]))")
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load(path: str | os.PathLike) -> Adapter:
@@ -48,10 +50,12 @@ def load(path: str | os.PathLike) -> Adapter:
     path = Path(path)
     try:
         _check_header(path)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             _check_version(path, metadata)
-            parts = _read(path, file)
+            _check_names(path, file)
+        # Into memory, not mapped: a mapped file cannot be replaced on Windows, and ends the process where it shrinks.
+        tensors = from_bytes(path.read_bytes())
     except FileNotFoundError:
         raise SodaFileError(f"{path}: there is no such file; choose an existing SODA adapter") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -61,9 +65,13 @@ def load(path: str | os.PathLike) -> Adapter:
             f"{path}: this is no readable safetensors file ({error}); it may be truncated or of another format. "
             "Download or save it again"
         ) from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".soda_")
+        parts.setdefault(name, {})[part] = tensor.to(torch.float32)
     if not parts:
         raise SodaFileError(f"{path}: the file holds no SODA layer; choose a file that SODA Save wrote")
-    layers = {name: (_layer(path, name, tensors),) for name, tensors in parts.items()}
+    layers = {name: (_layer(path, name, found),) for name, found in parts.items()}
     return Adapter(layers, metadata, path.stem)
 
 
@@ -73,6 +81,30 @@ def validate(path: str | os.PathLike) -> tuple[bool, str]:
         load(path)
     except SodaFileError as error:
         return False, str(error)
+    return True, ""
+
+
+def validate_layer(layer: Layer) -> tuple[bool, str]:
+    """(True, "") if format 1 can hold the layer, else (False, what is wrong with it)."""
+    if not 1 <= len(layer.logs) <= MAX_FACTORS:
+        return False, f"has {len(layer.logs)} factors, allowed are soda_log_R0 to soda_log_R{MAX_FACTORS - 1}"
+    if (layer.delta is None) != (layer.decomposition == "none"):
+        return False, f"is of decomposition {layer.decomposition!r}, which goes with a spectrum if it is not 'none'"
+    for part, tensor in _parts(layer):
+        if tuple(tensor.shape) != (SKETCH_SIZE, SKETCH_SIZE) if part == "soda_sketch" else tensor.dim() != 1:
+            return False, f"has a {part} of shape {tuple(tensor.shape)}"
+        peak = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not math.isfinite(peak):
+            return False, f"has NaN or infinite numbers in {part}, as after a training that diverged"
+        if part.startswith("soda_log") and peak > LARGEST_LOG:
+            return False, f"has an angle of {peak:g} in {part}, the most allowed is {LARGEST_LOG:g}"
+    for j, log in enumerate(layer.logs):
+        try:
+            factor_size(log.numel())
+        except ValueError as error:
+            return False, f"has a soda_log_R{j} of wrong length: {error}"
+    if layer.delta is not None and not 1 <= layer.delta.numel() <= layer.dimension:
+        return False, f"has {layer.delta.numel()} numbers in its spectrum, but turns {layer.dimension} dimensions"
     return True, ""
 
 
@@ -88,54 +120,48 @@ def save(adapter: Adapter, path: str | os.PathLike, dtype: torch.dtype = torch.f
         raise SodaFileError(f"{path}: {reason}; save the adapters one by one, or save the model with the mix baked in")
     if not adapter.layers:
         raise SodaFileError(f"{path}: the adapter has no layer, there is nothing to save")
-    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in _named(adapter)}
+    tensors: dict[str, Tensor] = {}
+    for name, (layer,) in adapter.layers.items():
+        ok, reason = validate_layer(layer)
+        if not ok:
+            raise SodaFileError(f"{path}: layer {_short(name)} {reason}; train it again with a lower learning rate")
+        tensors |= {f"{name}.{part}": tensor.detach().to("cpu", dtype).contiguous() for part, tensor in _parts(layer)}
     for key, tensor in tensors.items():
+        if not NAME.fullmatch(key):
+            raise SodaFileError(f"{path}: {_short(key)} cannot name a tensor; give the layer its module path as name")
         if not tensor.isfinite().all():
-            raise SodaFileError(f"{path}: tensor {key!r} has a number that is not finite in {dtype}; train it again")
-    plain = to_bytes(tensors)
-    body = plain[8 + int.from_bytes(plain[:8], "little") :]
+            raise SodaFileError(
+                f"{path}: tensor {_short(key)} has a number that is not finite in {dtype}; save it in fp32"
+            )
+    header: dict[str, object] = {}
+    chunks: list[bytes] = []
+    end = 0
+    for key in sorted(tensors):
+        chunks.append(tensors[key].view(torch.uint8).numpy().tobytes())
+        start, end = end, end + len(chunks[-1])
+        header[key] = {"dtype": NAMES[dtype], "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+    body = b"".join(chunks)
     digest = hashlib.sha256(body).hexdigest()
     metadata = {"soda.format_version": FORMAT_VERSION, **adapter.metadata}
     metadata |= {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
-    data = to_bytes(tensors, metadata=metadata)
-    header = int.from_bytes(data[:8], "little")
-    if header > HEADER_LIMIT:
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
         raise SodaFileError(
-            f"{path}: the header would take {header} bytes, of which tools read {HEADER_LIMIT}; use a smaller thumbnail"
+            f"{path}: the header would take {len(text)} bytes, of which tools read {HEADER_LIMIT}; "
+            "use a smaller thumbnail"
         )
-    _write(path, data)
+    replace_file(path, lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text + body))
 
 
-def _named(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    for name, (layer,) in adapter.layers.items():
-        if layer.delta is not None:
-            yield f"{name}.soda_{layer.decomposition}", layer.delta
-        for j, log in enumerate(layer.logs):
-            yield f"{name}.soda_log_R{j}", log
-        if layer.sketch is not None:
-            yield f"{name}.soda_sketch", layer.sketch
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: temporary file in the same folder, fsync, rename."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
-    except OSError as error:
-        raise SodaFileError(f"{path}: the file cannot be written ({error}); check the folder") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise SodaFileError(f"{path}: the file cannot be written ({error}); check the free space") from error
-        raise
+def _parts(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    """What stands behind the layer's name in the file, and the tensor."""
+    if layer.delta is not None:
+        yield f"soda_{layer.decomposition}", layer.delta
+    for j, log in enumerate(layer.logs):
+        yield f"soda_log_R{j}", log
+    if layer.sketch is not None:
+        yield "soda_sketch", layer.sketch
 
 
 def _check_header(path: Path) -> None:
@@ -161,9 +187,8 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _read(path: Path, file: safe_open) -> dict[str, dict[str, Tensor]]:
-    """Tensors by layer and part, each checked for name, dtype, shape and finiteness, as fp32."""
-    parts: dict[str, dict[str, Tensor]] = {}
+def _check_names(path: Path, file: safe_open) -> None:
+    """Every tensor's name, type and shape, before any is read: a checkpoint chosen by mistake takes no memory."""
     keys = list(file.keys())
     for key in keys:
         match = NAME.fullmatch(key)
@@ -178,26 +203,17 @@ def _read(path: Path, file: safe_open) -> dict[str, dict[str, Tensor]]:
                 f"{path}: tensor {_short(key)} is of type {dtype}, a SODA adapter holds {', '.join(DTYPES)}; "
                 "save or convert it again"
             )
-        expected = (SKETCH_SIZE, SKETCH_SIZE) if match["part"] == "sketch" else "(numbers,)"
-        if shape != expected if match["part"] == "sketch" else len(shape) != 1 or shape[0] > TENSOR_LIMIT:
+        sketch = match["part"] == "sketch"
+        if shape != (SKETCH_SIZE, SKETCH_SIZE) if sketch else len(shape) != 1 or shape[0] > TENSOR_LIMIT:
+            expected = (SKETCH_SIZE, SKETCH_SIZE) if sketch else "(numbers,)"
             raise SodaFileError(f"{path}: tensor {_short(key)} has shape {shape}, expected {expected}; save it again")
-        tensor = file.get_tensor(key).to(torch.float32)
-        if not tensor.isfinite().all():
-            raise SodaFileError(
-                f"{path}: tensor {_short(key)} holds NaN or infinite numbers; the file is damaged or its training "
-                "diverged. Train it again with a lower learning rate"
-            )
-        if match["factor"] and tensor.numel() and tensor.abs().max() > LARGEST_LOG:
-            raise SodaFileError(
-                f"{path}: tensor {_short(key)} holds an angle of {tensor.abs().max():g}, the most allowed is "
-                f"{LARGEST_LOG:g}; the file is damaged, save or download it again"
-            )
-        parts.setdefault(match["layer"], {})[match["part"]] = tensor
-    return parts
+    size = path.stat().st_size
+    if size > FILE_LIMIT:
+        raise SodaFileError(f"{path}: the file has {size} bytes, an adapter at most {FILE_LIMIT}; save it again")
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Layer:
-    """One layer from its tensors, checked against one another."""
+    """One layer from its tensors, checked."""
 
     def fail(what: str) -> SodaFileError:
         return SodaFileError(f"{path}: layer {_short(name)} {what}; the file is damaged, save or download it again")
@@ -206,20 +222,14 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Layer:
     if len(kinds) > 1:
         raise fail(f"has more than one spectrum ({', '.join('soda_' + kind for kind in kinds)})")
     count = sum(part.startswith("log_R") for part in tensors)
-    missing = [j for j in range(count) if f"log_R{j}" not in tensors]
-    if not 1 <= count <= MAX_FACTORS or missing:
+    if not count or any(f"log_R{j}" not in tensors for j in range(count)):
         found = ", ".join(sorted(f"soda_{part}" for part in tensors))
         raise fail(f"needs soda_log_R0 to at most soda_log_R{MAX_FACTORS - 1} without gaps and has {found}")
     logs = tuple(tensors[f"log_R{j}"] for j in range(count))
-    for j, log in enumerate(logs):
-        try:
-            factor_size(log.numel())
-        except ValueError as error:
-            raise fail(f"has a soda_log_R{j} of wrong length: {error}") from None
-    delta = tensors[kinds[0]] if kinds else None
-    layer = Layer(kinds[0] if kinds else "none", delta, logs, tensors.get("sketch"))
-    if delta is not None and not 1 <= delta.numel() <= layer.dimension:
-        raise fail(f"has {delta.numel()} numbers in its spectrum, but turns {layer.dimension} dimensions")
+    layer = Layer(kinds[0] if kinds else "none", tensors[kinds[0]] if kinds else None, logs, tensors.get("sketch"))
+    ok, reason = validate_layer(layer)
+    if not ok:
+        raise fail(reason)
     return layer
 
 

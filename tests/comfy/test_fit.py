@@ -10,7 +10,7 @@ from small_models import adapter, load, small_model, weights
 from soda_pack.soda.adapter import Adapter
 from soda_pack.soda.decomposition import decompose, spectral_change
 from soda_pack.soda.fingerprint import sketch
-from soda_pack.soda.hosts.comfy.fit import rotation_only
+from soda_pack.soda.fit import rotation_only
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 

@@ -4,11 +4,8 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import struct
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +88,13 @@ def test_an_sdxl_adapter_is_small(tmp_path, dtype, limit):
     assert len(load(tmp_path / "f.safetensors").layers) == 560
 
 
+def test_layers_may_share_their_tensors(tmp_path):
+    shared = layer()
+    save(adapter(x=shared, y=shared, z=layer(seed=1)), tmp_path / "f.safetensors")
+    x, y, _ = (term for (term,) in load(tmp_path / "f.safetensors").layers.values())
+    assert torch.equal(x.delta, shared.delta) and torch.equal(y.logs[1], shared.logs[1])
+
+
 def test_half_precision_is_read_as_fp32(tmp_path):
     one = adapter()
     save(one, tmp_path / "f.safetensors", torch.bfloat16)
@@ -130,7 +134,7 @@ def test_metadata_of_other_tools():
     [
         (Adapter({}, {}), "no layer"),
         (Adapter({"x": (layer(), layer("svd"))}, {}), "'x' mixes"),
-        (Adapter({"x": (layer().scaled(float("nan")),)}, {}), "not finite"),
+        (Adapter({"x": (layer().scaled(float("nan")),)}, {}), "x.*NaN"),
         (Adapter({"x": (layer(),)}, {"modelspec.thumbnail": "x" * (1 << 20)}), "header"),
     ],
 )
@@ -143,8 +147,9 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path, one, message):
 
 
 def test_numbers_too_large_for_fp16(tmp_path):
-    with pytest.raises(SodaFileError, match="x.soda_lq.*float16"):
-        save(Adapter({"x": (layer().scaled(1e6),)}, {}), tmp_path / "f.safetensors", torch.float16)
+    large = replace(layer(), delta=torch.full((24,), 1e5))
+    with pytest.raises(SodaFileError, match="x.soda_lq.*float16.*fp32"):
+        save(Adapter({"x": (large,)}, {}), tmp_path / "f.safetensors", torch.float16)
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path):
@@ -171,9 +176,9 @@ WRONG = {
     "stray": (good_tensors() | {"x.to_q.alpha": torch.zeros(1)}, "x.to_q.alpha"),
     "part": (good_tensors() | {"x.to_q.soda_lu": torch.zeros(3)}, "soda_lu"),
     "no tensors": ({}, "no SODA layer"),
-    "nan": (good_tensors() | {"x.to_q.soda_lq": NAN}, "x.to_q.soda_lq.*NaN"),
-    "inf": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([float("inf")])}, "soda_log_R0.*infinite"),
-    "angle": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([1e30])}, "soda_log_R0.*angle of 1e"),
+    "nan": (good_tensors() | {"x.to_q.soda_lq": NAN}, "x.to_q.*NaN.*soda_lq"),
+    "inf": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([float("inf")])}, "x.to_q.*infinite.*soda_log_R0"),
+    "angle": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([1e30])}, "x.to_q.*angle of 1e.*soda_log_R0"),
     "dtype": (good_tensors() | {"x.to_q.soda_lq": torch.zeros(24, dtype=torch.int32)}, "soda_lq.*I32"),
     "shape": (good_tensors() | {"x.to_q.soda_lq": torch.zeros(4, 6)}, r"soda_lq.*\(4, 6\)"),
     "scalar": (good_tensors() | {"x.to_q.soda_log_R0": torch.zeros(())}, r"soda_log_R0.*\(\)"),
@@ -234,61 +239,3 @@ def test_what_is_no_safetensors_file(tmp_path, data):
 def test_no_such_file(tmp_path):
     with pytest.raises(SodaFileError, match="no such file"):
         load(tmp_path / "missing.safetensors")
-
-
-def test_damaged_files_load_or_are_refused_but_nothing_else(tmp_path):
-    """Cuts, flipped bytes and swapped pieces of a good file: a SodaFileError or a usable adapter."""
-    save(adapter(**{"x.to_q": layer(), "y.to_k": layer("svd", 12, 12)}), tmp_path / "good.safetensors")
-    good, chance, refused = (tmp_path / "good.safetensors").read_bytes(), random.Random(0), 0
-    header, path = struct.unpack("<Q", good[:8])[0], tmp_path / "f.safetensors"
-    for round_ in range(600):
-        data = bytearray(good)
-        kind = round_ % 3
-        if kind == 0:
-            del data[chance.randrange(len(data)) :]
-        elif kind == 1:
-            for _ in range(chance.randint(1, 8)):
-                data[chance.randrange(8 + header)] = chance.randrange(256)
-        else:
-            at = chance.randrange(8 + header, len(data) - 4)
-            data[at : at + 4] = struct.pack("<f", chance.choice([float("nan"), float("inf"), 1e38, 0.5]))
-        path.write_bytes(data)
-        try:
-            for terms in load(path).layers.values():
-                for term in terms:
-                    numbers = [t for t in (*term.logs, term.delta, term.sketch) if t is not None]
-                    assert all(torch.isfinite(t).all() for t in numbers)
-                    assert term.sizes and term.dimension >= 1
-        except SodaFileError as error:
-            assert "f.safetensors" in str(error)
-            refused += 1
-    assert refused > 300
-
-
-WRITER = """
-import sys, torch; sys.path.insert(0, sys.argv[1])
-from soda.adapter import Adapter, Layer
-from soda.file import save
-one = [Adapter({f"l{i}": (Layer("lq", torch.full((900,), v), (torch.zeros(3),) + (torch.full((44850,), 0.1),)),)
-       for i in range(8)}, {}) for v in (1.0, 2.0)]
-save(one[0], sys.argv[2]); print("ready", flush=True)
-while True:
-    for a in one: save(a, sys.argv[2])
-"""
-
-
-def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path):
-    chance = random.Random(0)
-    path = tmp_path / "f.safetensors"
-    writer = [sys.executable, "-c", WRITER, str(ROOT), str(path)]
-    for _ in range(3):
-        process = subprocess.Popen(writer, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        for _ in range(6):
-            time.sleep(chance.random() * 0.02)
-            assert validate(path) == (True, "")
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        values = {v for (term,) in load(path).layers.values() for v in term.delta.tolist()}
-        assert values in ({1.0}, {2.0})

@@ -40,7 +40,7 @@ def one_of(make_layer):
     def make(seed, kind="lq", sizes=None):
         layer = make_layer(kind, SHAPE, sizes or SIZES[kind], seed, angle=0.4)
         if layer.delta is not None:
-            layer = replace(layer, sketch=sketch(spectral_change(BASES[kind], layer.delta, SHAPE)))
+            layer = replace(layer, sketch=sketch(spectral_change(BASES[kind], layer.delta, W)))
         return Adapter({"w": (layer,)}, {}, f"{kind} {seed}")
 
     return make
@@ -99,7 +99,7 @@ class Laws:
 
     def spectrum(operator, one_of):
         parts = [(one_of(1), 0.9), (one_of(2), 1.6)]
-        change = sum(w * spectral_change(BASES["lq"], a.layers["w"][0].delta.double(), SHAPE) for a, w in parts)
+        change = sum(w * spectral_change(BASES["lq"], a.layers["w"][0].delta.double(), W) for a, w in parts)
         return close(torch.linalg.svdvals(weight(operator, parts)), torch.linalg.svdvals(W + change))
 
     def size(operator, one_of):
@@ -110,7 +110,7 @@ class Laws:
 
     def sketch(operator, one_of):
         (term,) = mix([(one_of(1), 0.6), (one_of(2), 1.2)], operator=operator).layers["w"]
-        own = sketch(spectral_change(BASES["lq"], term.delta, SHAPE))
+        own = sketch(spectral_change(BASES["lq"], term.delta, W))
         return term.sketch is not None and torch.allclose(term.sketch, own, atol=1e-5)
 
     def unlike_bases(operator, one_of):

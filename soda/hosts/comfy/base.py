@@ -6,26 +6,22 @@ Decompositions are computed from those originals and shared by all adapters and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 
-from ...adapter import Decomposition
+from ...adapter import Decomposition, split_rows
 from ...basis_cache import BasisCache
 from ...decomposition import Basis
 
-ROWS = re.compile(r"^(.+)\[(\d+):(\d+)\]$")
 CACHE = BasisCache()
 
 
 def split_name(layer: str) -> tuple[str, tuple[int, int] | None]:
     """`path` or `path[a:b]` -> (state dict key, rows a to b of a fused weight or None)."""
-    match = ROWS.match(layer)
-    if match is None:
-        return f"{layer}.weight", None
-    return f"{match.group(1)}.weight", (int(match.group(2)), int(match.group(3)))
+    path, rows = split_rows(layer)
+    return f"{path}.weight", rows
 
 
 def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:

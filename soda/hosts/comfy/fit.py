@@ -1,26 +1,22 @@
-"""Does an adapter fit a model? Layers are matched by name and shape, and its spectrum is checked against the base.
+"""Does an adapter fit a ComfyUI model, and what does the node say if not quite?
 
-A spectrum change D is only right on the base it was trained on. The file's 8x8 sketches of D measure, per adapter,
-how far D on this base is from D on that one: below 2 % nothing is said, up to 20 % the node says it, and beyond
-that only the rotation is applied and the node says so.
+Layers are matched by name and shape. Where the sketches call the spectrum wrong on this base, the node says it, or
+applies only the rotation and says so (`soda.fit` has the estimate and its thresholds).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...adapter import Adapter, Decomposition, Layer
-from ...decomposition import Basis, spectral_change
+from ...decomposition import Basis
 from ...errors import SodaMixError
-from ...fingerprint import sketch
+from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, spectrum_error
 from .base import split_name
-
-SILENT_ERROR = 0.02
-REFUSED_ERROR = 0.20
 
 
 @dataclass
@@ -38,19 +34,6 @@ class Report:
             more = f" and {len(self.unmatched) - 3} more" if len(self.unmatched) > 3 else ""
             lines.append(f"{len(self.unmatched)} keys did not match: {shown}{more}")
         return "\n".join(lines + self.warnings)
-
-
-def misfit(terms: Sequence[Layer], shape: Sequence[int]) -> str | None:
-    """Why these terms cannot change a weight of this shape, (out, in); None if they can."""
-    if len(shape) != 2:
-        return f"the model's weight has {len(shape)} dimensions {tuple(shape)}, expected 2"
-    for term in terms:
-        width = shape[0] if term.side == "output" else shape[1]
-        if term.dimension != width:
-            return f"the adapter turns {term.side}s of width {term.dimension}, the model's weight is {tuple(shape)}"
-        if term.delta is not None and term.delta.numel() != min(shape):
-            return f"the adapter's spectrum has {term.delta.numel()} numbers, the model's weight is {tuple(shape)}"
-    return None
 
 
 def shapes(patcher: ModelPatcher) -> dict[str, tuple[int, ...]]:
@@ -105,39 +88,17 @@ def unmatched(adapter: Adapter, matches: Sequence[Matching], model_name: str) ->
     )
 
 
-def spectrum_error(
-    layers: Mapping[str, tuple[Layer, ...]], basis: Mapping[tuple[str, Decomposition], Basis],
-    weights: Mapping[str, torch.Tensor],
-) -> float | None:  # fmt: skip
-    """Estimated ||D here - D trained|| / ||D trained|| over all layers with a sketch; None when there is none."""
-    wrong, whole = 0.0, 0.0
-    for name, terms in layers.items():
-        for term in terms:
-            if term.delta is None or term.sketch is None:
-                continue
-            here = sketch(spectral_change(basis[name, term.decomposition], term.delta, weights[name].cpu().float()))
-            wrong += (here.double() - term.sketch.double()).square().sum().item()
-            whole += term.sketch.double().square().sum().item()
-    return (wrong / whole) ** 0.5 if whole > 0 else None
-
-
-def rotation_only(layers: Mapping[str, tuple[Layer, ...]]) -> dict[str, tuple[Layer, ...]]:
-    """The same layers with the spectrum left as it is; the form is kept, so that such layers still mix."""
-
-    def still(term: Layer) -> Layer:
-        if term.delta is None:
-            return term
-        return replace(term, delta=torch.zeros_like(term.delta), sketch=None)
-
-    return {name: tuple(still(term) for term in terms) for name, terms in layers.items()}
-
-
 def check_spectrum(
     adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], basis: Mapping[tuple[str, Decomposition], Basis],
     weights: Mapping[str, torch.Tensor], report: Report,
 ) -> Mapping[str, tuple[Layer, ...]]:  # fmt: skip
-    """The layers to apply under the policy above; what the user must know goes to `report.warnings`."""
-    error = spectrum_error(layers, basis, weights)
+    """The layers to apply here; what the user must know goes to `report.warnings`."""
+    error = spectrum_error(
+        (term, basis[name, term.decomposition], weights[name].cpu().float())
+        for name, terms in layers.items()
+        for term in terms
+        if term.delta is not None and term.sketch is not None
+    )
     if error is None or error < SILENT_ERROR:
         return layers
     trained_on = adapter.metadata.get("soda.base_model") or "another base"
