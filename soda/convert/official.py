@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -83,7 +84,9 @@ def read_official(
 def _tables(path: Path) -> dict[str, list[Tensor]]:
     """The non-empty lists of the file by name, every entry a tensor."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickles of other making: what is in them is checked below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SodaFileError(f"{path}: there is no such file; choose an official .pt file") from None
     except pickle.UnpicklingError:
