@@ -66,9 +66,9 @@ def load(path: str | os.PathLike) -> Adapter:
             "Download or save it again"
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key in sorted(tensors):  # safetensors hands them over in any order
         name, _, part = key.rpartition(".soda_")
-        parts.setdefault(name, {})[part] = tensor.to(torch.float32)
+        parts.setdefault(name, {})[part] = tensors[key].to(torch.float32)
     if not parts:
         raise SodaFileError(f"{path}: the file holds no SODA layer; choose a file that SODA Save wrote")
     layers = {name: (_layer(path, name, found),) for name, found in parts.items()}

@@ -91,8 +91,8 @@ def test_an_sdxl_adapter_is_small(tmp_path, dtype, limit):
 def test_layers_may_share_their_tensors(tmp_path):
     shared = layer()
     save(adapter(x=shared, y=shared, z=layer(seed=1)), tmp_path / "f.safetensors")
-    x, y, _ = (term for (term,) in load(tmp_path / "f.safetensors").layers.values())
-    assert torch.equal(x.delta, shared.delta) and torch.equal(y.logs[1], shared.logs[1])
+    x, y, z = (term for (term,) in load(tmp_path / "f.safetensors").layers.values())
+    assert torch.equal(x.delta, shared.delta) and torch.equal(y.logs[1], shared.logs[1]) and not z.delta.equal(x.delta)
 
 
 def test_half_precision_is_read_as_fp32(tmp_path):
