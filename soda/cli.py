@@ -166,7 +166,7 @@ def _convert(options: argparse.Namespace) -> int:
     if base is None and (official or options.to in ("diff", "lora")):
         raise SodaError(f"{source}: this conversion needs the base weights; give them with --base")
     if official and base is not None:
-        adapter = read_official(source, base, options.decomposition, options.device)
+        adapter = read_official(source, base, options.decomposition, options.device, _progress())
     else:
         adapter = load(source)
     about = TARGETS[options.to](adapter, base, options)
@@ -187,11 +187,13 @@ def _to_diffusers(adapter: Adapter, base: BaseWeights | None, options: argparse.
 
 
 def _to_difference(adapter: Adapter, base: BaseWeights, options: argparse.Namespace) -> dict[str, Any]:
-    return save_difference(adapter, base, options.output, DTYPES[options.dtype or "fp16"], options.device)
+    return save_difference(adapter, base, options.output, DTYPES[options.dtype or "fp16"], options.device, _progress())
 
 
 def _to_lora(adapter: Adapter, base: BaseWeights, options: argparse.Namespace) -> dict[str, Any]:
-    about = save_lora(adapter, base, options.output, options.rank, DTYPES[options.dtype or "fp16"], options.device)
+    about = save_lora(
+        adapter, base, options.output, options.rank, DTYPES[options.dtype or "fp16"], options.device, _progress()
+    )
     if not options.json:
         shares = about["energy_kept_by_layer"]
         for name, share in shares.items():
@@ -203,6 +205,15 @@ def _to_lora(adapter: Adapter, base: BaseWeights, options: argparse.Namespace) -
 TARGETS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "soda": _to_soda, "diffusers": _to_diffusers, "diff": _to_difference, "lora": _to_lora,
 }  # fmt: skip
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """A counter for people who wait at a terminal."""
+
+    def show(done: int, of: int) -> None:
+        print(f"\r{done} of {of} weights", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else None
 
 
 def _tell(options: argparse.Namespace, about: Mapping[str, object]) -> None:

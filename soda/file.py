@@ -66,9 +66,9 @@ def load(path: str | os.PathLike) -> Adapter:
             "Download or save it again"
         ) from error
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key in sorted(tensors):  # safetensors hands them over in any order
         name, _, part = key.rpartition(".soda_")
-        parts.setdefault(name, {})[part] = tensor.to(torch.float32)
+        parts.setdefault(name, {})[part] = tensors[key].to(torch.float32)
     if not parts:
         raise SodaFileError(f"{path}: the file holds no SODA layer; choose a file that SODA Save wrote")
     layers = {name: (_layer(path, name, found),) for name, found in parts.items()}
@@ -84,27 +84,32 @@ def validate(path: str | os.PathLike) -> tuple[bool, str]:
     return True, ""
 
 
-def validate_layer(layer: Layer) -> tuple[bool, str]:
-    """(True, "") if format 1 can hold the layer, else (False, what is wrong with it)."""
+def validate_layer(name: str, layer: Layer) -> tuple[bool, str]:
+    """(True, "") if format 1 can hold the layer, else (False, which layer or tensor is wrong, and how)."""
+    whole = f"layer {_short(name)}"
     if not 1 <= len(layer.logs) <= MAX_FACTORS:
-        return False, f"has {len(layer.logs)} factors, allowed are soda_log_R0 to soda_log_R{MAX_FACTORS - 1}"
+        return False, f"{whole} has {len(layer.logs)} factors, allowed are soda_log_R0 to soda_log_R{MAX_FACTORS - 1}"
     if (layer.delta is None) != (layer.decomposition == "none"):
-        return False, f"is of decomposition {layer.decomposition!r}, which goes with a spectrum if it is not 'none'"
+        return False, f"{whole} is of decomposition {layer.decomposition!r}; all but 'none' need a spectrum"
     for part, tensor in _parts(layer):
+        where = f"tensor {_short(f'{name}.{part}')}"
         if tuple(tensor.shape) != (SKETCH_SIZE, SKETCH_SIZE) if part == "soda_sketch" else tensor.dim() != 1:
-            return False, f"has a {part} of shape {tuple(tensor.shape)}"
+            return False, f"{where} has shape {tuple(tensor.shape)}"
         peak = float(tensor.abs().max()) if tensor.numel() else 0.0
         if not math.isfinite(peak):
-            return False, f"has NaN or infinite numbers in {part}, as after a training that diverged"
+            return False, f"{where} holds NaN or infinite numbers, as after a training that diverged"
         if part.startswith("soda_log") and peak > LARGEST_LOG:
-            return False, f"has an angle of {peak:g} in {part}, the most allowed is {LARGEST_LOG:g}"
+            return False, f"{where} holds an angle of {peak:g}, the most allowed is {LARGEST_LOG:g}"
     for j, log in enumerate(layer.logs):
         try:
             factor_size(log.numel())
         except ValueError as error:
-            return False, f"has a soda_log_R{j} of wrong length: {error}"
+            return False, f"tensor {_short(f'{name}.soda_log_R{j}')} has a wrong length: {error}"
     if layer.delta is not None and not 1 <= layer.delta.numel() <= layer.dimension:
-        return False, f"has {layer.delta.numel()} numbers in its spectrum, but turns {layer.dimension} dimensions"
+        return (
+            False,
+            f"{whole} has {layer.delta.numel()} numbers in its spectrum, but turns {layer.dimension} dimensions",
+        )
     return True, ""
 
 
@@ -122,9 +127,9 @@ def save(adapter: Adapter, path: str | os.PathLike, dtype: torch.dtype = torch.f
         raise SodaFileError(f"{path}: the adapter has no layer, there is nothing to save")
     tensors: dict[str, Tensor] = {}
     for name, (layer,) in adapter.layers.items():
-        ok, reason = validate_layer(layer)
+        ok, reason = validate_layer(name, layer)
         if not ok:
-            raise SodaFileError(f"{path}: layer {_short(name)} {reason}; train it again with a lower learning rate")
+            raise SodaFileError(f"{path}: {reason}; train it again with a lower learning rate")
         tensors |= {f"{name}.{part}": tensor.detach().to("cpu", dtype).contiguous() for part, tensor in _parts(layer)}
     for key, tensor in tensors.items():
         if not NAME.fullmatch(key):
@@ -216,18 +221,19 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Layer:
     """One layer from its tensors, checked."""
 
     def fail(what: str) -> SodaFileError:
-        return SodaFileError(f"{path}: layer {_short(name)} {what}; the file is damaged, save or download it again")
+        return SodaFileError(f"{path}: {what}; the file is damaged, save or download it again")
 
     kinds: list[Decomposition] = [kind for kind in ("lq", "svd", "qr") if kind in tensors]
     if len(kinds) > 1:
-        raise fail(f"has more than one spectrum ({', '.join('soda_' + kind for kind in kinds)})")
+        spectra = ", ".join("soda_" + kind for kind in kinds)
+        raise fail(f"layer {_short(name)} has more than one spectrum ({spectra})")
     count = sum(part.startswith("log_R") for part in tensors)
     if not count or any(f"log_R{j}" not in tensors for j in range(count)):
         found = ", ".join(sorted(f"soda_{part}" for part in tensors))
-        raise fail(f"needs soda_log_R0 to at most soda_log_R{MAX_FACTORS - 1} without gaps and has {found}")
+        raise fail(f"layer {_short(name)} needs soda_log_R0, soda_log_R1, ... without gaps and has {found}")
     logs = tuple(tensors[f"log_R{j}"] for j in range(count))
     layer = Layer(kinds[0] if kinds else "none", tensors[kinds[0]] if kinds else None, logs, tensors.get("sketch"))
-    ok, reason = validate_layer(layer)
+    ok, reason = validate_layer(name, layer)
     if not ok:
         raise fail(reason)
     return layer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from ..adapter import split_rows
 from ..errors import SodaFileError
 from .names import to_comfy
 
+Progress = Callable[[int, int], None]  # weights done, of all
 READABLE = ("F64", "F32", "F16", "BF16")
 PREFIXES = (
     ("model.diffusion_model.", "diffusion_model."),

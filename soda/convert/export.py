@@ -26,19 +26,20 @@ from ..decomposition import Basis, decompose, spectral_change
 from ..errors import SodaFileError
 from ..fingerprint import relative_error, sketch
 from ..fit import REFUSED_ERROR, misfit
-from .base import BaseWeights
+from .base import BaseWeights, Progress
 from .names import architecture, kohya
 
 
 def save_difference(
     adapter: Adapter, base: BaseWeights, path: str | os.PathLike, dtype: torch.dtype = torch.float16,
-    device: str = "cpu",
+    device: str = "cpu", progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the full change of every weight. Returns what the file's metadata say of it.
+    """Write the full change of every weight. Returns what the file's metadata say of it. `progress` is called with
+    the number of weights done and of all.
 
     Raises SodaFileError if the adapter does not fit the base or was trained on another one.
     """
-    changes = Changes(adapter, base, device)
+    changes = Changes(adapter, base, device, progress)
     family = architecture(base.attention())
     tensors = {f"{kohya(name, family)}.diff": change.to(dtype).cpu() for name, change in changes}
     about: dict[str, Any] = {"kind": "difference"} | changes.about()
@@ -48,7 +49,7 @@ def save_difference(
 
 def save_lora(
     adapter: Adapter, base: BaseWeights, path: str | os.PathLike, rank: int, dtype: torch.dtype = torch.float16,
-    device: str = "cpu",
+    device: str = "cpu", progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the LoRA of this rank that is nearest to the adapter. Returns what the file's metadata say of it, with
     `energy_kept`, the share of ||dW||^2 over all layers, and `energy_kept_by_layer`.
@@ -57,7 +58,7 @@ def save_lora(
     """
     if rank < 1:
         raise SodaFileError(f"{path}: a LoRA of rank {rank} is asked for; give 1 or more")
-    changes = Changes(adapter, base, device)
+    changes = Changes(adapter, base, device, progress)
     family = architecture(base.attention())
     tensors: dict[str, Tensor] = {}
     shares: dict[str, float] = {}
@@ -97,20 +98,22 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
 class Changes:
     """dW fp32 `(out, in)` by the path of each adapted weight; the rows of a fused weight come together as one."""
 
-    def __init__(self, adapter: Adapter, base: BaseWeights, device: str):
-        self.adapter, self.base, self.device = adapter, base, device
+    def __init__(self, adapter: Adapter, base: BaseWeights, device: str, progress: Progress | None = None):
+        self.adapter, self.base, self.device, self.progress = adapter, base, device, progress
         self._sketches: list[tuple[Tensor, Tensor]] = []
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         fused: dict[str, list[str]] = {}
         for name in self.adapter.layers:
             fused.setdefault(split_rows(name)[0], []).append(name)
-        for path, names in fused.items():
+        for done, (path, names) in enumerate(fused.items(), 1):
             change = torch.zeros(self.base.shape(path), device=self.device)
             for name in names:
                 first, last = split_rows(name)[1] or (0, len(change))
                 change[first:last] += self._change(name)
             yield path, change
+            if self.progress is not None:
+                self.progress(done, len(fused))
 
     def _change(self, name: str) -> Tensor:
         terms, shape = self.adapter.layers[name], self.base.shape(name)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ from ..errors import SodaFileError
 from ..fingerprint import joint_hash, sketch, tensor_hash
 from ..kronecker import log_rotation, triangle
 from ..metadata import describe
-from .base import CLIP_G, BaseWeights
+from .base import CLIP_G, BaseWeights, Progress
 from .names import architecture, diffusers_order
 
 CLIP_L = "clip_l.transformer.text_model.encoder.layers.{}.self_attn.{}_proj"
@@ -39,10 +40,12 @@ LARGEST_DEVIATION = 0.5  # of Q^T Q from I: bf16 training drifts to 0.02, factor
 
 
 def read_official(
-    path: str | os.PathLike, base: BaseWeights, decomposition: Literal["svd", "lq"] = "svd", device: str = "cpu"
-) -> Adapter:
+    path: str | os.PathLike, base: BaseWeights, decomposition: Literal["svd", "lq"] = "svd", device: str = "cpu",
+    progress: Progress | None = None,
+) -> Adapter:  # fmt: skip
     """The adapter in an official `.pt` file, trained on `base`. `decomposition` is not in the file: `svd` is what
-    the published script trains, `lq` its earlier variant. `device` computes the bases.
+    the published script trains, `lq` its earlier variant. `device` computes the bases, and
+    `progress` is called with the number of projections done and of all in their table.
 
     Raises SodaFileError if the file holds anything but such tables, or if they do not fit the base; the message
     names the table, the position in it and what is expected there.
@@ -72,6 +75,8 @@ def read_official(
                 layers[name] = (_layer(weight.to(device), factors, delta.double(), decomposition),)
             except ValueError as error:
                 raise SodaFileError(f"{path}: {table}[{4 * i}], factors of {name}: {error}; train it again") from None
+            if progress is not None:
+                progress(i + 1, len(names))
     family = architecture(base.attention())
     metadata = describe(
         title=path.stem, role="other", architecture=f"{family or 'unknown'}/soda", base_model=base.path.stem,
@@ -83,7 +88,9 @@ def read_official(
 def _tables(path: Path) -> dict[str, list[Tensor]]:
     """The non-empty lists of the file by name, every entry a tensor."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickles of other making: what is in them is checked below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SodaFileError(f"{path}: there is no such file; choose an official .pt file") from None
     except pickle.UnpicklingError:

@@ -19,7 +19,13 @@ from soda import atomic  # noqa: E402
 from soda.adapter import Adapter, Layer  # noqa: E402
 from soda.file import load, save  # noqa: E402
 
-FILES = {atomic.__file__, tempfile.__file__, pathlib.__file__}
+SYSTEM_CALLS = ("mkdir", "write_bytes", "open", "chmod")  # of pathlib; its other lines only take names apart
+
+
+def watched(code) -> bool:
+    if code.co_filename == pathlib.__file__:
+        return code.co_name in SYSTEM_CALLS
+    return code.co_filename in (atomic.__file__, tempfile.__file__)
 
 
 def adapter(value: float) -> Adapter:
@@ -58,7 +64,7 @@ def killed_at(line: int, path: pathlib.Path) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
             return count
 
-        sys.settrace(lambda frame, event, _: count if frame.f_code.co_filename in FILES else None)
+        sys.settrace(lambda frame, event, _: count if watched(frame.f_code) else None)
         save(new, path)
 
     return os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1]) == -signal.SIGKILL

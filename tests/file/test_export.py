@@ -55,9 +55,10 @@ def about(path):
 def test_a_difference_is_the_change_of_every_weight(tmp_path, base, kind):
     weights, file = base
     one = adapter(weights, kind)
-    told = save_difference(one, file, tmp_path / "diff.safetensors", torch.float32)
+    steps: list[tuple[int, int]] = []
+    told = save_difference(one, file, tmp_path / "diff.safetensors", torch.float32, "cpu", lambda *s: steps.append(s))
     tensors = load_file(tmp_path / "diff.safetensors")
-    assert len(tensors) == len(weights)
+    assert len(tensors) == len(weights) and steps == [(i, len(weights)) for i in range(1, len(weights) + 1)]
     for name in LOOKED_AT:
         assert torch.equal(tensors[f"{lora_name(name)}.diff"], change_of(weights, one.layers, name))
     written, metadata = about(tmp_path / "diff.safetensors")

@@ -53,7 +53,9 @@ def test_svd_tables_keep_their_effect(tmp_path, base):
     """W = U relu(S + delta) V^T R^T, written out in fp64."""
     weights, file = base
     torch.save(table(), tmp_path / "style.pt")
-    adapter = read_official(tmp_path / "style.pt", file)
+    steps: list[tuple[int, int]] = []
+    adapter = read_official(tmp_path / "style.pt", file, progress=lambda *step: steps.append(step))
+    assert steps == [(i, 128) for i in range(1, 129)]
     assert list(adapter.layers) == [f"diffusion_model.{ldm}" for ldm, _, _ in modules()]
     for seed, (name, (term,)) in enumerate(adapter.layers.items()):
         weight = weights[name]
