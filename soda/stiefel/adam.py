@@ -61,9 +61,9 @@ class StiefelAdam(StiefelOptimizer):
     ) -> tuple[Tensor, Tensor | None]:
         (b1, b2), a = group["betas"], group["a"]
         z, w = tangent_gradient(x, g, a, self._scratch)
-        xi = self._scratch.take(0, z, *z.shape).zero_()
+        xi, count = self._scratch.take(0, z, *z.shape).zero_(), z.new_full((), step, dtype=torch.float32)
         torch._fused_adam_(  # Adam's update of 0 by Z is xi
-            [xi], [z], [moments["momentum"]], [moments["second_moment"]], [], [z.new_full((), step, dtype=torch.float32)],
+            [xi], [z], [moments["momentum"]], [moments["second_moment"]], [], [count],
             lr=group["lr"], beta1=b1, beta2=b2, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
         hold(xi)

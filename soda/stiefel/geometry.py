@@ -88,7 +88,7 @@ def move(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retractio
     x1 = RETRACTIONS[retraction](x, xi, scratch.take(1, x, *x.shape))
     s = scratch.take(0, x, len(x), x.shape[-1], x.shape[-1])
     if zeta is None or v is None:
-        newton_schulz(x1, MAX_STEP**2, s, out=x)
+        newton_schulz(x1, MAX_STEP**2 / 2**0.5, s, out=x)  # singular values of a skew xi come in pairs
         return
     x2 = torch.baddbmm(x1, zeta, torch.bmm(x1.mT, x1))
     v.baddbmm_(x1, torch.bmm(zeta.mT, v), alpha=-1)

@@ -31,7 +31,7 @@ def newton_schulz(m: Tensor, error: float, s: Tensor, out: Tensor, follow: Tenso
 
     `follow`, `(B, n, m)`, is multiplied in place by the same (M^T M)^(-1/2).
     """
-    tolerance, on_cpu = torch.finfo(m.dtype).eps, m.device.type == "cpu"
+    tolerance, on_cpu = 2 * torch.finfo(m.dtype).eps, m.device.type == "cpu"
     result = out
     for left in reversed(range(newton_schulz_steps(error, tolerance))):
         torch.bmm(m.mT, m, out=s)
