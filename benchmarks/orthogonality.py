@@ -29,7 +29,7 @@ def error(x: Tensor) -> float:
     return float((x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).abs().max())
 
 
-def unpolished(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retraction: str, _: Scratch) -> None:
+def unpolished(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retraction: str, scratch: Scratch) -> None:
     """The bare retraction of a square X."""
     x.copy_(geometry.RETRACTIONS[retraction](x, xi, torch.empty_like(x)))
 
