@@ -60,16 +60,19 @@ class StiefelAdam(StiefelOptimizer):
         self, x: Tensor, g: Tensor, moments: dict[str, Tensor], step: int, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         (b1, b2), a = group["betas"], group["a"]
-        root = math.sqrt(1 - b2**step)
-        rate, eps = group["lr"] * root / (1 - b1**step), group["eps"] * root
-        z, w = tangent_gradient(x, g, a)
-        y = moments["momentum"].lerp_(z, 1 - b1)
-        p = moments["second_moment"].mul_(b2).addcmul_(z, z, value=1 - b2)
-        xi = hold(torch.div(y, p.sqrt().add_(eps)).mul_(-rate))
+        z, w = tangent_gradient(x, g, a, self._scratch)
+        xi, count = self._scratch.take(0, z, *z.shape).zero_(), z.new_full((), step, dtype=torch.float32)
+        torch._fused_adam_(  # Adam's update of 0 by Z is xi
+            [xi], [z], [moments["momentum"]], [moments["second_moment"]], [], [count],
+            lr=group["lr"], beta1=b1, beta2=b2, weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+        hold(xi)
         if w is None:
             return xi, None
         v = moments["normal_momentum"]
         v.copy_(torch.baddbmm(w, v, xi, beta=1 - b1, alpha=(3 * a - 2) / 2).add_(v, alpha=b1))
+        root = math.sqrt(1 - b2**step)
+        rate, eps = group["lr"] * root / (1 - b1**step), group["eps"] * root
         q = moments["normal_second_moment"].mul_(b2).addcmul_(w, w, value=1 - b2)
         zeta = torch.div(v, q.sqrt().add_(eps)).mul_(-rate)
         return xi, hold(zeta.baddbmm_(x, torch.bmm(x.mT, zeta), alpha=-1))

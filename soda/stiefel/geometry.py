@@ -30,15 +30,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .newton_schulz import polar
+from .newton_schulz import newton_schulz
+from .scratch import Scratch
 
 MAX_STEP = 0.5
 
 
-def tangent_gradient(x: Tensor, g: Tensor, a: float) -> tuple[Tensor, Tensor | None]:
-    """Z `(B, m, m)` and W `(B, n, m)`, None if n = m, of the gradients G at X `(B, n, m)`."""
-    inner = torch.bmm(x.mT, g)
-    z = inner - inner.mT
+def tangent_gradient(x: Tensor, g: Tensor, a: float, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
+    """Z `(B, m, m)` and W `(B, n, m)`, None if n = m, of the gradients G at X `(B, n, m)`. Z lies in piece 1."""
+    square = len(x), x.shape[-1], x.shape[-1]
+    inner = torch.bmm(x.mT, g, out=scratch.take(0, x, *square))
+    z = torch.sub(inner, inner.mT, out=scratch.take(1, x, *square))
     if a != 0.5:
         z.mul_(0.5 / (1 - a))
     return z, None if x.shape[-2] == x.shape[-1] else torch.baddbmm(g, x, inner, alpha=-1)
@@ -59,34 +61,35 @@ def hold(step: Tensor) -> Tensor:
     return step.mul_(torch.minimum(length, MAX_STEP / gram.sqrt_().clamp_min_(info.eps)))
 
 
-def _add(x: Tensor, xi: Tensor) -> Tensor:
-    return torch.baddbmm(x, x, xi)
+def _add(x: Tensor, xi: Tensor, out: Tensor) -> Tensor:
+    return torch.baddbmm(x, x, xi, out=out)
 
 
-def _cayley(x: Tensor, xi: Tensor) -> Tensor:
+def _cayley(x: Tensor, xi: Tensor, out: Tensor) -> Tensor:
     eye = torch.eye(xi.shape[-1], dtype=xi.dtype, device=xi.device)
     half = xi / 2
-    return torch.bmm(x, torch.linalg.solve_ex(eye - half, eye + half).result)
+    return torch.bmm(x, torch.linalg.solve_ex(eye - half, eye + half).result, out=out)
 
 
-def _exp(x: Tensor, xi: Tensor) -> Tensor:
+def _exp(x: Tensor, xi: Tensor, out: Tensor) -> Tensor:
     # Of one matrix alone, norms of 0.005 to 0.05, torch takes too few terms: wrong by 2e-10 in fp64.
     pair = xi if len(xi) > 1 else xi.expand(2, -1, -1)
-    return torch.bmm(x, torch.linalg.matrix_exp(pair)[: len(xi)])
+    return torch.bmm(x, torch.linalg.matrix_exp(pair)[: len(xi)], out=out)
 
 
-RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": _add, "cayley": _cayley, "exp": _exp}
+RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"polar": _add, "cayley": _cayley, "exp": _exp}
 
 
-def move(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retraction: str) -> None:
-    """X, `(B, n, m)`, goes to X3 along a held (xi, zeta), and V along with it, both in place.
+def move(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retraction: str, scratch: Scratch) -> None:
+    """X, `(B, n, m)`, goes to X3 along a held (xi, zeta), and V along with it, both in place; xi may lie in piece 0.
 
     X's own drift from the manifold goes away on the way.
     """
-    x1 = RETRACTIONS[retraction](x, xi)
+    x1 = RETRACTIONS[retraction](x, xi, scratch.take(1, x, *x.shape))
+    s = scratch.take(0, x, len(x), x.shape[-1], x.shape[-1])
     if zeta is None or v is None:
-        polar(x1, error=MAX_STEP**2, out=x)
+        newton_schulz(x1, MAX_STEP**2 / 2**0.5, s, out=x)  # singular values of a skew xi come in pairs
         return
     x2 = torch.baddbmm(x1, zeta, torch.bmm(x1.mT, x1))
     v.baddbmm_(x1, torch.bmm(zeta.mT, v), alpha=-1)
-    polar(x2, error=2.5 * MAX_STEP**2, follow=v, out=x)
+    newton_schulz(x2, 2.5 * MAX_STEP**2, s, out=x, follow=v)

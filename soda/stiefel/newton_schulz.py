@@ -26,21 +26,28 @@ def newton_schulz_steps(error: float, tolerance: float) -> int:
     return steps
 
 
-def polar(m: Tensor, error: float = 0.5, follow: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """The polar factor of each `(..., n, m)`, n >= m, in M's dtype, for |M^T M - I|_2 <= `error` < 1.
+def newton_schulz(m: Tensor, error: float, s: Tensor, out: Tensor, follow: Tensor | None = None) -> Tensor:
+    """`out` becomes the polar factor of M `(B, n, m)` with |S|_2 <= `error`; returns it. M and S `(B, m, m)` are lost.
 
-    `follow`, `(..., n, m)` too, is multiplied in place by the same (M^T M)^(-1/2). `out`, contiguous and of M's shape,
-    takes the result.
+    `follow`, `(B, n, m)`, is multiplied in place by the same (M^T M)^(-1/2).
     """
-    bank, on_cpu = m.reshape(-1, *m.shape[-2:]), m.device.type == "cpu"
-    tolerance = torch.finfo(m.dtype).eps
+    tolerance, on_cpu = 2 * torch.finfo(m.dtype).eps, m.device.type == "cpu"
+    result = out
     for left in reversed(range(newton_schulz_steps(error, tolerance))):
-        s = torch.bmm(bank.mT, bank)
+        torch.bmm(m.mT, m, out=s)
         s.diagonal(dim1=-2, dim2=-1).sub_(1)
         last = left == 0 or (on_cpu and not 0.75 * float(torch.linalg.vector_norm(s, dim=-1).max()) ** 2 > tolerance)
         if follow is not None:
-            follow.copy_(torch.baddbmm(follow.view_as(bank), follow.view_as(bank), s, alpha=-0.5).view_as(follow))
-        bank = torch.baddbmm(bank, bank, s, alpha=-0.5, out=out.view_as(bank) if last and out is not None else None)
+            follow.copy_(torch.baddbmm(follow, follow, s, alpha=-0.5))
+        torch.baddbmm(m, m, s, alpha=-0.5, out=result)
+        m, result = result, m
         if last:
             break
-    return bank.view(m.shape)
+    return m if m is out else out.copy_(m)
+
+
+def polar(m: Tensor, error: float = 0.5) -> Tensor:
+    """The polar factor of each `(..., n, m)`, n >= m, in M's dtype, for |M^T M - I|_2 <= `error` < 1."""
+    bank = m.reshape(-1, *m.shape[-2:]).clone()
+    s = m.new_empty(len(bank), m.shape[-1], m.shape[-1])
+    return newton_schulz(bank, error, s, torch.empty_like(bank)).view(m.shape)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from .geometry import RETRACTIONS, move
 from .precision import full_precision
+from .scratch import Scratch
 
 
 class StiefelOptimizer(Optimizer):
@@ -26,6 +28,14 @@ class StiefelOptimizer(Optimizer):
     """
 
     MOMENTS: tuple[str, ...]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]):
+        super().__init__(params, defaults)
+        self._scratch = Scratch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scratch = Scratch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A group with settings of its own. Raises ValueError for settings or parameters that cannot be stepped."""
@@ -109,7 +119,7 @@ class StiefelOptimizer(Optimizer):
         moments = {name: _gather([state[name] for state in states]) for name in names}
         x, g = _gather(parameters), _gather([p.grad for p in parameters if p.grad is not None])
         xi, zeta = self._tangent(x, g, moments, states[0]["step"], group)
-        move(x, xi, zeta, moments.get("normal_momentum"), group["retraction"])
+        move(x, xi, zeta, moments.get("normal_momentum"), group["retraction"], self._scratch)
         _scatter(x, parameters)
         for name in names:
             _scatter(moments[name], [state[name] for state in states])

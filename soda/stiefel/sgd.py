@@ -53,10 +53,11 @@ class StiefelSGD(StiefelOptimizer):
         self, x: Tensor, g: Tensor, moments: dict[str, Tensor], step: int, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         lr, mu, fresh, a = group["lr"], group["momentum"], 1 - group["dampening"], group["a"]
-        z, w = tangent_gradient(x, g, a)
+        z, w = tangent_gradient(x, g, a, self._scratch)
         y, zeta = moments["momentum"], None
         if w is not None:
             v = moments["normal_momentum"]
             v.copy_(torch.baddbmm(w, v, hold(y * -lr), beta=fresh, alpha=(3 * a - 2) / 2).add_(v, alpha=mu))
             zeta = hold(v * -lr)
-        return hold(y.mul_(mu).add_(z, alpha=fresh).mul(-lr)), zeta
+        y.mul_(mu).add_(z, alpha=fresh)
+        return hold(torch.mul(y, -lr, out=self._scratch.take(0, y, *y.shape))), zeta
