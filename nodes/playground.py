@@ -45,7 +45,7 @@ class SodaPlaygroundDrawings(io.ComfyNode):
             node_id="SodaPlaygroundDrawings",
             display_name="SODA Playground Drawings",
             category=CATEGORY,
-            description="Ten drawings, with captions, of a subject or a style that the playground model has never "
+            description="Drawings, with captions, of a subject or a style that the playground model has never "
             "seen: a data set to train a first adapter on.",
             search_aliases=["training images", "example dataset"],
             inputs=[

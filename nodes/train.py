@@ -12,6 +12,7 @@ from ..soda.file import save
 from ..soda.hosts.comfy import dataset, folders
 from ..soda.hosts.comfy.preview import SamplePrompt
 from ..soda.hosts.comfy.progress import TrainingProgress
+from ..soda.hosts.comfy.targets import TARGETS
 from ..soda.hosts.comfy.train import train_adapter
 from ..soda.training.loop import TrainingSettings
 from .sockets import CATEGORY, ROLES, SODA_ADAPTER
@@ -73,6 +74,13 @@ class SodaTrain(io.ComfyNode):
                     tooltip="Kronecker factors of the rotation: fewer are larger and more expressive.",
                 ),
                 io.Combo.Input("role", options=ROLES, default="subject", tooltip="What it learns; kept in the file."),
+                io.Combo.Input(
+                    "targets",
+                    options=list(TARGETS),
+                    default="all attention",
+                    tooltip="Which weights to train. A subject on cross-attention and a style on self-attention share "
+                    "no weight and mix best.",
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="With vae and sample_prompt: for samples on the way."),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes images; also decodes samples on the way."),
                 io.Image.Input("images", optional=True, tooltip="Images to encode with the vae when no latents come."),
@@ -94,8 +102,8 @@ class SodaTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, steps, learning_rate, batch_size, seed, decomposition, factors, role, latents=None,
-        clip=None, vae=None, images=None, sample_prompt=None,
+        cls, model, positive, steps, learning_rate, batch_size, seed, decomposition, factors, role, targets,
+        latents=None, clip=None, vae=None, images=None, sample_prompt=None,
     ) -> io.NodeOutput:  # fmt: skip
         clip, vae, text = (value[0] if value else None for value in (clip, vae, sample_prompt))
         samples = dataset.collect(latents if latents is not None else dataset.encode(images, vae), positive)
@@ -109,7 +117,7 @@ class SodaTrain(io.ComfyNode):
         )
         progress = TrainingProgress(settings.steps, cls.hidden.unique_id)
         adapter, losses = train_adapter(
-            model[0], samples, settings, decomposition[0], factors[0], role[0], progress, prompt
+            model[0], samples, settings, decomposition[0], factors[0], role[0], progress, prompt, targets[0]
         )
         # ComfyUI may drop a result from its cache under memory pressure, and hours of training with it.
         path = folders.autosave_path()

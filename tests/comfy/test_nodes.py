@@ -165,7 +165,7 @@ def train(**changes):
     inputs = {
         "model": [small_model()], "positive": [conditioning()], "latents": [latents(2)], "steps": [3],
         "learning_rate": [0.01], "batch_size": [2], "seed": [2**64 - 1], "decomposition": ["lq"], "factors": [3],
-        "role": ["subject"],
+        "role": ["subject"], "targets": ["all attention"],
     }  # fmt: skip
     return run(SodaTrain, **{**inputs, **changes})
 

@@ -45,12 +45,12 @@ class Watcher(TrainingProgress):
 
 
 def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, progress=None, rate=0.01, batch=2,
-        prompt=None):  # fmt: skip
+        prompt=None, targets="all attention"):  # fmt: skip
     samples = samples or dataset.collect([latents(3)], [conditioning()])
     settings = TrainingSettings(steps=steps, learning_rate=rate, batch_size=batch, seed=seed)
     with torch.inference_mode():
         return train_adapter(
-            model, samples, settings, decomposition, factors, "subject", progress or Watcher(steps), prompt
+            model, samples, settings, decomposition, factors, "subject", progress or Watcher(steps), prompt, targets
         )
 
 
@@ -87,6 +87,15 @@ def test_it_learns_and_restores(decomposition):
     patched, _, report = apply(model, [(one, 1.0)])
     assert report.warnings == [] and report.changed == len(one.layers)
     assert loss_of(patched, samples) < 0.998 * loss_of(model, samples)
+
+
+def test_only_the_targets_are_trained():
+    model = small_model()
+    cross, _ = run(model, steps=2, targets="cross-attention")
+    self_, _ = run(model, steps=2, targets="self-attention")
+    assert all(".attn2." in name for name in cross.layers) and all(".attn1." in name for name in self_.layers)
+    assert set(cross.layers) | set(self_.layers) == set(attention_weights(model))
+    assert '"targets": "cross-attention"' in cross.metadata["soda.training"]
 
 
 def test_same_seed_same_tensors():

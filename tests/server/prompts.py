@@ -55,7 +55,7 @@ class Playground:
 
     def train(self, positive, **values: object) -> str:
         settings = {"steps": 3, "learning_rate": 0.01, "batch_size": 2, "seed": 5, "decomposition": "lq", "factors": 3,
-                    "role": "subject", "sample_prompt": ""}  # fmt: skip
+                    "role": "subject", "targets": "all attention", "sample_prompt": ""}  # fmt: skip
         return self.prompt.add("SodaTrain", model=self.model, positive=positive, **{**settings, **values})
 
     def save(self, adapter: tuple[str, int], prefix: str) -> str:

@@ -58,13 +58,14 @@ def thumbnail_jpeg(image: torch.Tensor) -> bytes:
 
 def training_metadata(
     patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, weights: Mapping[str, torch.Tensor],
+    factors: int, role: str, targets: str, weights: Mapping[str, torch.Tensor],
 ) -> dict[str, str]:  # fmt: skip
     """Metadata of a freshly trained adapter; `weights` are the base weights it was trained on, by layer."""
     training = {
         **asdict(settings),
         "decomposition": decomposition,
         "factors": factors,
+        "targets": targets,
         "images": len(samples),
         "latent_sizes": sorted({"x".join(map(str, s.latent.shape[2:])) for s in samples}),
     }

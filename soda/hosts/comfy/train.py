@@ -37,8 +37,11 @@ QUARTERS = 4
 def train_adapter(
     model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
     factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
+    targets: str = "all attention",
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
-    """(adapter, loss of every step). The same inputs and seed give the same tensors on a CPU.
+    """(adapter, loss of every step); `targets` is a key of `targets.TARGETS`.
+
+    The same inputs and seed give the same tensors on a CPU.
 
     LoRA patches on the model stay active while it trains. SODA patches are refused: two SODA adapters act through one
     mix, in which the new one would not do what it was trained to do.
@@ -48,16 +51,16 @@ def train_adapter(
             "The model already carries a SODA adapter. Wire the model that comes before SODA Loader or SODA Mix "
             "into SODA Train, and combine the two adapters afterwards with SODA Mix."
         )
-    targets = attention_weights(model)
+    keys = attention_weights(model, targets)
     patcher = _trainable_clone(model)
     comfy.model_management.load_models_gpu([patcher], _memory(patcher, samples, settings), force_full_load=True)
     # Nodes run under inference mode, whose tensors know no gradients.
     with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
-        weights = {layer: unpatched(patcher, key).to(torch.float32) for layer, key in targets.items()}
+        weights = {layer: unpatched(patcher, key).to(torch.float32) for layer, key in keys.items()}
         weights = {layer: w.clone() if w.is_inference() else w for layer, w in weights.items()}
         parameters = SodaParameters(weights, decomposition, factors).to(patcher.load_device)
         loss = DiffusionLoss(patcher, samples, settings.batch_size, settings.seed)
-        with Injection(patcher, targets) as injection:
+        with Injection(patcher, keys) as injection:
 
             def loss_fn(adapted: dict[str, torch.Tensor], step: int) -> torch.Tensor:
                 comfy.model_management.throw_exception_if_processing_interrupted()
@@ -73,7 +76,7 @@ def train_adapter(
 
             losses = run_loop(parameters, loss_fn, settings, on_step)
         layers = parameters.layers()
-    metadata = training_metadata(model, samples, settings, decomposition, factors, role, weights)
+    metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, weights)
     return Adapter(layers, metadata, "trained adapter"), losses
 
 
