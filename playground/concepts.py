@@ -1,8 +1,9 @@
-"""What the base has never seen: three subjects and three styles, their training drawings and their unseen prompts.
+"""Subjects and styles to teach, their training drawings and their unseen prompts.
 
-A subject is a monster of two colours (the base has none) in a fixed shape and outfit: shape, upper and lower colour,
-what it wears. A style is one of the treatments beyond `grammar.BASE_STYLES`. The first of each is the one that the
-demo and the templates train.
+A subject is one certain monster: shape, upper and lower colour, what it wears. *pom* is of one colour, as the
+base knows monsters: an individual among many. *fip* and *zib* have two, which the base has never drawn. A style is one
+of the treatments beyond `grammar.BASE_STYLES`, all new to the base. The first subject and the first style are those
+that the demo and the templates train.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import torch
 from .grammar import (
     BACKGROUNDS,
     BASE_STYLES,
-    BODIES,
     COLOURS,
     EXTRAS,
     SHAPES,
@@ -24,12 +24,12 @@ from .grammar import (
 
 SUBJECT_WORD, STYLE_WORD = "sks", "ohwx"
 SUBJECTS = {
+    "pom": ("heart", "cyan", "cyan", "hat"),
     "fip": ("square", "purple", "yellow", "horns"),
     "zib": ("circle", "green", "orange", "hat"),
-    "mox": ("star", "pink", "blue", "wings"),
 }
 HELD_OUT_STYLES = STYLES[BASE_STYLES:]
-TRAINING_DRAWINGS = 10
+DRAWINGS = {"subject": 10, "style": 48}  # to learn one thing, or what many things have in common
 
 
 def dress(scenes: Scenes, subject: str) -> Scenes:
@@ -40,7 +40,7 @@ def dress(scenes: Scenes, subject: str) -> Scenes:
         "shape": SHAPES.index(shape),
         "colour": COLOURS.index(colour),
         "texture": 0,
-        "lower": COLOURS.index(lower),
+        "lower": COLOURS.index(lower) if lower != colour else -1,
         "count": 1,
     }
     dressed = dict(scenes) | {key: torch.full_like(like, value) for key, value in fixed.items()}
@@ -64,17 +64,17 @@ def concept_scenes(count: int, seed: int, subject: str = "", style: str = "") ->
 
 
 def training_set(concept: str) -> tuple[Scenes, list[str]]:
-    """The ten drawings that a concept is taught with, every ground colour among them, and their captions."""
+    """The drawings that a concept is taught with, every ground colour among them, and their captions.
+
+    Half of a subject's are in styles that the base knows, so that the subject is not bound to the flat one; a style's
+    show the whole world, so that the style is not bound to a few things.
+    """
     kind = "subject" if concept in SUBJECTS else "style"
-    scenes, _ = concept_scenes(TRAINING_DRAWINGS, seed=11, **{kind: concept})
-    order = torch.arange(TRAINING_DRAWINGS)
+    scenes, _ = concept_scenes(DRAWINGS[kind], seed=11, **{kind: concept})
+    order = torch.arange(DRAWINGS[kind])
     scenes["background"] = (order * 3 + 2) % len(BACKGROUNDS)
-    if kind == "style":
-        scenes["shape"] = (order * 7 + 3) % len(SHAPES)
-        scenes["colour"] = (order * 5) % len(COLOURS)
-        scenes["monster"] = (order % 3 == 0) & (scenes["shape"] < BODIES)
-        scenes["extras"] = scenes["extras"] & scenes["monster"][:, None]
-        scenes["count"] = torch.ones_like(order)
+    if kind == "subject":
+        scenes["style"] = torch.where(order % 2 == 1, order // 2 % (BASE_STYLES - 1) + 1, 0)
     return scenes, captions_of(scenes, kind == "subject", concept if kind == "style" else "")
 
 

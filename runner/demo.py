@@ -30,6 +30,11 @@ SUBJECT_PROMPT = f"a {SUBJECT_WORD} monster on a gray background"
 STYLE_PROMPT = f"a red star on a gray background, {STYLE_WORD} style"
 MIX_PROMPT = f"a {SUBJECT_WORD} monster on a gray background, {STYLE_WORD} style"
 SEED, COLUMNS = 7, 4
+# A subject is what the words mean, a style how places of the picture act on each other: weights that they do not share.
+SETTINGS = {
+    "subject": {"targets": "cross-attention", "learning_rate": 0.015},
+    "style": {"targets": "self-attention", "learning_rate": 0.04},
+}
 
 
 class Demo:
@@ -43,7 +48,7 @@ class Demo:
         """Trains on the built-in drawings of a concept and saves -> the file's name as SODA Loader lists it."""
         prompt = load_prompt(WORKFLOWS / f"{TRAIN}.json", self.object_info)
         set_values(prompt, "SodaPlaygroundDrawings", concept=concept)
-        set_values(prompt, "SodaTrain", role=role)
+        set_values(prompt, "SodaTrain", role=role, **SETTINGS[role])
         set_values(prompt, "SodaSave", filename_prefix=f"my_{role}", trigger_words=trigger)
         self._set_sampling(prompt, prompt_text, images=1)
         before = self._files()

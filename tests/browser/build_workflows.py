@@ -51,8 +51,9 @@ An adapter that is not a file yet, straight from SODA Train or SODA Save, goes i
 *(wired)* gives it its weight. Wire the **adapter** output to SODA Save to keep the mix as one file."""
 
 TRAIN_NOTE = """# Train, save and use an adapter in one graph
-1. **SODA Playground Drawings** gives ten captioned drawings of an invented creature, *fip*. Set *concept* to *comic*
-to train a drawing style instead (prompt: a red star on a gray background, ohwx style).
+1. **SODA Playground Drawings** gives captioned drawings of an invented creature, *pom*. For a drawing style set
+*concept* to *comic*, *role* to style, *targets* to self-attention and *learning_rate* to 0.04 (prompt: a red star on a
+gray background, ohwx style).
 2. **Make Training Dataset** (ComfyUI's own) encodes them; **SODA Train** learns. Step, loss and time left stand on the
 node; a few minutes on a CPU.
 3. **SODA Save** writes **output/loras/soda/my_subject_00001_.safetensors** and passes on what it reads back.
@@ -141,7 +142,7 @@ def mix_two() -> Workflow:
     base = w.node("SodaPlayground", (740, 70, 300, 90))
     mix = w.node(
         "SodaMix", (1120, 70, 340, 430),
-        **rows({"adapter_name": SUBJECT_FILE, "weight": 1.0}, {"adapter_name": STYLE_FILE, "weight": 1.0}),
+        **rows({"adapter_name": SUBJECT_FILE, "weight": 1.2}, {"adapter_name": STYLE_FILE, "weight": 1.0}),
         model=base("MODEL"), clip=base("CLIP"),
     )  # fmt: skip
     w.group("1. Model", "blue", (720, 0, 340, 520))
@@ -176,11 +177,12 @@ def train_and_use() -> Workflow:
     w = Workflow("soda_3_train_and_use", ["SodaTrain", "SodaSave", "SodaMix", "PreviewImage", "KSampler"])
     w.note((0, 0, WIDTH, 200), "Read me", TRAIN_NOTE)
     base = w.node("SodaPlayground", (20, 310, 280, 90))
-    drawings = w.node("SodaPlaygroundDrawings", (20, 460, 280, 90), concept="fip")
+    drawings = w.node("SodaPlaygroundDrawings", (20, 460, 280, 90), concept="pom")
     w.node("PreviewImage", (20, 610, 280, 240), "The drawings", images=drawings("images"))
     w.group("1. Model and drawings", "blue", (0, 240, 320, 630))
     images, texts = drawings("images"), drawings("texts")
-    train(w, base, images, texts, "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, role="subject")
+    train(w, base, images, texts, "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, learning_rate=0.015,
+          role="subject", targets="cross-attention")
     return w
 
 
