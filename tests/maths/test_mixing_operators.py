@@ -130,7 +130,7 @@ def test_karcher_of_two_is_a_point_on_the_geodesic(seed, n, w1, w2):
     numpy.testing.assert_allclose(delta, w1 * coordinates(one)[0] + w2 * coordinates(two)[0], atol=1e-6)
 
 
-@given(seed=SEEDS, n=st.integers(3, 8), weights=st.lists(st.floats(0.1, 0.5), min_size=3, max_size=5))
+@given(seed=SEEDS, n=st.integers(3, 8), weights=st.lists(st.floats(0.1, 0.3), min_size=3, max_size=5))
 def test_karcher_of_many_is_nearest_to_all(seed, n, weights):
     """No point around it has a lesser sum of squared distances, and the weighted ways from it cancel."""
     parts = [(adapter(seed + i, (n,)), w) for i, w in enumerate(weights)]
