@@ -13,7 +13,7 @@ from .decomposition import Basis, decompose, spectral_change
 from .errors import SodaError, SodaFileError, SodaMixError, SodaTrainingError
 from .file import load, save, validate
 from .kronecker import factor_sizes
-from .mixing import mix
+from .mixing import b_lora, mix, sum_delta
 from .stiefel import StiefelAdam, StiefelSGD
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "StiefelAdam",
     "StiefelSGD",
     "adapt",
+    "b_lora",
     "decompose",
     "decompose_all",
     "factor_sizes",
@@ -35,5 +36,6 @@ __all__ = [
     "mix",
     "save",
     "spectral_change",
+    "sum_delta",
     "validate",
 ]

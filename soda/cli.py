@@ -21,11 +21,10 @@ from .convert import BaseWeights, read_official, renamed, save_difference, save_
 from .errors import SodaError, SodaFileError
 from .file import load, save, validate
 from .metadata import label
-from .mixing import Part, mix
+from .mixing import OPERATORS, mix
 from .plot import draw
 from .summary import as_json, summarise
 
-OPERATORS: Mapping[str, Callable[[Sequence[Part], str], Adapter]] = {"lie_sum": mix}
 MESSAGE_LIMIT = 1000
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     blend = command("mix", _mix, "Mix adapters into one adapter of the same size.")
     blend.add_argument("parts", nargs="+", metavar="FILE:WEIGHT", help="a file and its weight; without one, 1")
     blend.add_argument("-o", "--output", required=True, metavar="FILE")
-    blend.add_argument("--operator", choices=OPERATORS, default="lie_sum", help="default: lie_sum")
+    blend.add_argument("--operator", choices=OPERATORS, default="lie_sum",
+                       help="default: lie_sum; soda.mixing says what each keeps")  # fmt: skip
     blend.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
 
     change = command("convert", _convert, "Convert adapters from and to other formats.")
@@ -140,7 +140,7 @@ def _validate(options: argparse.Namespace) -> int:
 def _mix(options: argparse.Namespace) -> int:
     parts = [(load(file), weight) for file, weight in map(_part, options.parts)]
     title = Path(options.output).stem
-    mixed = OPERATORS[options.operator](parts, title)
+    mixed = mix(parts, title, options.operator)
     mixed = Adapter(mixed.layers, label(mixed.metadata, title=title), title)
     save(mixed, options.output, DTYPES[options.dtype])
     _tell(options, {"parts": [{"name": adapter.name, "weight": weight} for adapter, weight in parts]})

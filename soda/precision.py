@@ -26,13 +26,29 @@ TIMED_SIZE = 1024  # a 1280 x 1280 eigenproblem takes about twice as long
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 products on CUDA without TF32, whose rounding (1e-3) would be that of the whole basis."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """No TF32 or bf16 inside fp32 products (they would leave errors of 1e-3), no autocast; all as before afterwards.
+
+    torch has two ways to set this. The older says and sets all at once but refuses to answer once the newer was used.
+    """
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    places = [b.matmul for b in backends if hasattr(b, "matmul") and hasattr(b.matmul, "fp32_precision")]
+    saved = [place.fp32_precision for place in places]
     try:
-        yield
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = None
+    try:
+        if overall is not None:
+            torch.set_float32_matmul_precision("highest")
+        for place in places:
+            place.fp32_precision = "ieee"
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for place, precision in zip(places, saved, strict=True):
+            place.fp32_precision = precision
 
 
 @lru_cache

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from ..precision import full_fp32
 from .geometry import RETRACTIONS, move
-from .precision import full_precision
 from .scratch import Scratch
 
 
@@ -73,7 +73,7 @@ class StiefelOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with full_precision():
+        with full_fp32():
             for group in self.param_groups:
                 for parameters in self._by_size(group["params"]):
                     self._step_together(parameters, group)

@@ -8,7 +8,7 @@ import torch
 from soda import bases, precision
 from soda.bases import decompose_all, working_bytes
 from soda.decomposition import decompose
-from soda.precision import CPU, full_fp32, has_fp64, is_fast_in_fp64, solver_device
+from soda.precision import CPU, has_fp64, is_fast_in_fp64, solver_device
 
 SHAPES = [(6, 9), (9, 6), (8, 8)]
 
@@ -70,18 +70,6 @@ def test_bases_of_inference_tensors_can_be_trained_with():
     factor = torch.ones(4, requires_grad=True)
     (factor[:, None] * found["a"].right).sum().backward()
 
-
-def test_full_fp32_puts_the_switch_back():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        matmul.allow_tf32 = True
-        with pytest.raises(KeyError), full_fp32():
-            assert not matmul.allow_tf32
-            raise KeyError
-        assert matmul.allow_tf32
-    finally:
-        matmul.allow_tf32 = before
 
 
 def test_where_a_device_is_slow_or_lacks_fp64(monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from soda.precision import full_fp32
 from soda.stiefel import StiefelAdam, StiefelSGD, geometry
-from soda.stiefel.precision import full_precision
 
 both = pytest.mark.parametrize("optimizer", [StiefelAdam, StiefelSGD])
 
@@ -254,10 +254,10 @@ def settings_of_products():
 
 @pytest.mark.parametrize("setting", precisions)
 def test_products_are_full_fp32_inside_and_as_before_outside(setting):
-    with full_precision():  # restores what this test leaves
+    with full_fp32():  # restores what this test leaves
         precisions[setting]()
         before = settings_of_products()
-        with pytest.raises(KeyError), full_precision():
+        with pytest.raises(KeyError), full_fp32():
             assert torch.get_float32_matmul_precision() == "highest"
             assert torch.backends.cuda.matmul.allow_tf32 is False
             raise KeyError
