@@ -27,7 +27,7 @@ WORKFLOWS = REPOSITORY / "example_workflows"
 LOAD, MIX, TRAIN = "soda_1_load_one_adapter", "soda_2_mix_two_adapters", "soda_3_train_and_use"
 SUBJECT, STYLE = next(iter(SUBJECTS)), HELD_OUT_STYLES[0]
 SUBJECT_PROMPT = f"a {SUBJECT_WORD} monster on a gray background"
-STYLE_PROMPT = f"a red star on a gray background, {STYLE_WORD} style"
+STYLE_PROMPT = f"a yellow square monster with horns on a gray background, {STYLE_WORD} style"
 MIX_PROMPT = f"a {SUBJECT_WORD} monster on a gray background, {STYLE_WORD} style"
 SEED, COLUMNS = 7, 4
 # A subject is what the words mean, a style how places of the picture act on each other: weights that they do not share.
