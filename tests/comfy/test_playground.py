@@ -39,16 +39,17 @@ def test_the_base_world_holds_no_concept():
 @pytest.mark.parametrize("concept", [*concepts.SUBJECTS, *concepts.HELD_OUT_STYLES])
 def test_drawings_node_gives_pictures_that_the_reader_knows(concept):
     images, texts = SodaPlaygroundDrawings.execute(concept).args
-    assert len(images) == len(texts) == concepts.TRAINING_DRAWINGS
+    kind = "subject" if concept in concepts.SUBJECTS else "style"
+    assert len(images) == len(texts) == concepts.DRAWINGS[kind]
     assert all(image.shape == (1, 64, 64, 3) and image.min() >= 0 and image.max() <= 1 for image in images)
-    word = concepts.SUBJECT_WORD if concept in concepts.SUBJECTS else concepts.STYLE_WORD
+    word = {"subject": concepts.SUBJECT_WORD, "style": concepts.STYLE_WORD}[kind]
     assert all(word in text and concept not in text for text in texts)
     seen = reader.read(reader.load_reader(), torch.cat(images).movedim(-1, 1))
-    if concept in concepts.SUBJECTS:
+    if kind == "subject":
         hits = seen["subject"] == 1 + list(concepts.SUBJECTS).index(concept)
     else:
         hits = seen["style"] == grammar.STYLES.index(concept)
-    assert hits.sum() >= 9
+    assert hits.float().mean() >= 0.9
 
 
 def test_reader_tells_a_subject_from_near_misses():
