@@ -37,6 +37,7 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
     installed.append(f"test tools: {tools}")
     variables = {**os.environ, "PYTHONPATH": str(tools), "COMFYUI_PATH": str(environment.comfyui),
                  "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads crawl where anything else uses the cores
     if with_browser:
         browser, how = find_browser(environment.python, variables, status)
         variables["SODA_BROWSER"] = browser
