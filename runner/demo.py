@@ -32,8 +32,8 @@ MIX_PROMPT = f"a {SUBJECT_WORD} monster on a gray background, {STYLE_WORD} style
 SEED, COLUMNS = 7, 4
 # A subject is what the words mean, a style how places of the picture act on each other: weights that they do not share.
 SETTINGS = {
-    "subject": {"targets": "cross-attention", "learning_rate": 0.015},
-    "style": {"targets": "self-attention", "learning_rate": 0.04},
+    "subject": {"targets": "cross-attention", "learning_rate": 0.015, "steps": 200},
+    "style": {"targets": "self-attention", "learning_rate": 0.04, "steps": 300},
 }
 
 
@@ -168,7 +168,7 @@ def server_arguments() -> list[str]:
     script = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 3)"
     if subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0:
         return []
-    return ["--cpu", "--use-pytorch-cross-attention"]
+    return ["--cpu", "--use-pytorch-cross-attention", "--force-channels-last"]
 
 
 def main() -> int:

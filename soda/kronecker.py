@@ -86,7 +86,7 @@ def kronecker_sum(logs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
 
 
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """x R^T for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions.
+    """x R^T, in x's dtype, for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions.
 
     As R = A x B with neighbouring factors multiplied out to two, sizes a + b least: a row as a matrix X (a, b) turns
     to A X B^T, a + b products per number instead of N. More passes would save products and cost more in copies (on a
@@ -97,8 +97,8 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     a, b, split = min(splits, key=lambda s: s[0] + s[1], default=(1, sizes[0], 0))
     dimension, on_cpu = a * b, x.device.type == "cpu"
     if dimension <= (DENSE_DIMENSION_CPU if on_cpu else DENSE_DIMENSION) or a + b > dimension:
-        return x @ kronecker(factors).mT
-    first, second = kronecker(factors[:split]), kronecker(factors[split:])
+        return x @ kronecker(factors).to(x.dtype).mT
+    first, second = (kronecker(part).to(x.dtype) for part in (factors[:split], factors[split:]))
     turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
     if on_cpu and x.dim() == 2:
         return (first.unsqueeze(-3) @ turned).reshape(x.shape)  # without moving a number

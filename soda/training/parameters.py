@@ -26,18 +26,24 @@ Factors = int | Mapping[int, Sequence[int]]
 
 
 class ShapeGroup(nn.Module):
-    """All weights of one shape: their base `(B, out, in)` fp32, its basis, deltas, and places of their factors."""
+    """All weights of one shape: their base `(B, out, in)` and its basis in the dtype of the weights, fp32 deltas, and
+    places of their factors."""
 
-    def __init__(self, names: list[str], weights: Tensor, decomposition: Decomposition, factors: Factors):
+    def __init__(
+        self, weights: Mapping[str, Tensor], decomposition: Decomposition, factors: Factors, dtype: torch.dtype
+    ):
         super().__init__()
-        self.names, self.decomposition = names, decomposition
-        self.register_buffer("base", weights, persistent=False)
-        self.sizes = _sizes(weights.shape[1 if decomposition == "qr" else 2], factors)
+        self.names, self.decomposition = list(weights), decomposition
+        self.register_buffer("base", torch.stack([w.detach().to(dtype) for w in weights.values()]), persistent=False)
+        self.sizes = _sizes(self.base.shape[1 if decomposition == "qr" else 2], factors)
         self.rows: list[slice] = []  # of factor j in the bank of size n_j
         self.delta = None
-        basis = _basis(weights, decomposition)
+        basis = _basis(weights, decomposition, self.base)
         if basis is not None:
-            for part in ("left", "right", "spectrum", "live"):
+            for part in ("left", "right"):
+                vectors = getattr(basis, part)
+                self.register_buffer(part, None if vectors is None else vectors.to(dtype), persistent=False)
+            for part in ("spectrum", "live"):
                 self.register_buffer(part, getattr(basis, part), persistent=False)
             self.delta = nn.Parameter(torch.zeros_like(basis.spectrum))
 
@@ -51,11 +57,22 @@ class ShapeGroup(nn.Module):
 
     def change(self) -> Tensor:
         """D `(B, out, in)`."""
-        return spectral_change(self.basis(), self.held_delta(), self.base)
+        return spectral_change(self.basis(), self.held_delta().to(self.base.dtype), self.base)
+
+    def changed(self) -> Tensor:
+        """W0 + D, in one kernel where D needs no padding."""
+        if self.delta is None:
+            return self.base
+        delta = self.held_delta().to(self.base.dtype)
+        if self.decomposition == "lq" and self.right.shape == self.base.shape:
+            return torch.addcmul(self.base, delta[..., None], self.right)
+        if self.decomposition == "svd":
+            return torch.baddbmm(self.base, self.left * delta[..., None, :], self.right)
+        return self.base + self.change()
 
     def forward(self, factors: list[Tensor]) -> Tensor:
         """The adapted weights `(B, out, in)` with factors `(B, n_j, n_j)`, none for R = I."""
-        w = self.base if self.delta is None else self.base + self.change()
+        w = self.changed()
         if not factors:
             return w
         return rotate(w.mT, factors).mT if self.decomposition == "qr" else rotate(w, factors)
@@ -72,20 +89,20 @@ def _sizes(dimension: int, factors: Factors) -> tuple[int, ...]:
     return sizes
 
 
-def _basis(weights: Tensor, decomposition: Decomposition) -> Basis | None:
-    """The basis of `(B, out, in)` weights on their device, with both sides: each step needs them."""
-    named = {str(i): weight for i, weight in enumerate(weights)}
-    bases = [basis.tensors() for _, basis in decompose_all(named, decomposition, device=weights.device)]
+def _basis(weights: Mapping[str, Tensor], decomposition: Decomposition, base: Tensor) -> Basis | None:
+    """The basis of equal-shaped weights on the device of their stack, with both sides: each step needs them."""
+    bases = [basis.tensors() for _, basis in decompose_all(weights, decomposition, device=base.device)]
     if not bases:
         return None
-    parts = {part: torch.stack([b[part] for b in bases]).to(weights.device) for part in bases[0]}
-    return complete(Basis.of(decomposition, parts), weights)
+    parts = {part: torch.stack([b[part] for b in bases]).to(base.device) for part in bases[0]}
+    return complete(Basis.of(decomposition, parts), base)
 
 
 class SodaParameters(nn.Module):
     """Parameters for `weights`, a mapping of layer names to `(out, in)` tensors, which are not modified.
 
-    `factors` is their number, for sizes by the rule of `factor_sizes`, or the sizes of each rotated dimension.
+    `factors` is their number, for sizes by the rule of `factor_sizes`, or the sizes of each rotated dimension. The
+    adapted weights are made in `dtype`, that in which the model computes; factors and deltas are fp32 always.
     Raises SodaTrainingError if there is nothing to train or the sizes do not fit.
     """
 
@@ -95,6 +112,7 @@ class SodaParameters(nn.Module):
         decomposition: Decomposition = "lq",
         factors: Factors = 3,
         rotation: bool = True,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         if decomposition == "none" and not rotation:
@@ -110,7 +128,7 @@ class SodaParameters(nn.Module):
                 )
             by_shape.setdefault(tuple(weight.shape), []).append(name)
         self.groups = nn.ModuleList(
-            ShapeGroup(names, torch.stack([weights[name].detach().float() for name in names]), decomposition, factors)
+            ShapeGroup({name: weights[name] for name in names}, decomposition, factors, dtype)
             for names in by_shape.values()
         )
         counts: dict[int, int] = {}
@@ -136,7 +154,7 @@ class SodaParameters(nn.Module):
         return [self.banks[str(n)][rows] for n, rows in zip(group.sizes, group.rows, strict=False)]
 
     def forward(self) -> dict[str, Tensor]:
-        """All adapted weights by layer name, fp32, differentiable in factors and deltas."""
+        """All adapted weights by layer name, differentiable in factors and deltas."""
         adapted: dict[str, Tensor] = {}
         for group in self.groups:
             adapted.update(zip(group.names, group(self._factors(group)).unbind(), strict=True))
