@@ -18,7 +18,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from soda.stiefel import StiefelAdam, geometry, optimizer  # noqa: E402
-from soda.stiefel.scratch import Scratch  # noqa: E402
 
 SIZES = [(4, 4), (8, 8), (16, 16), (20, 20), (64, 64), (64, 16)]
 RATES = [1e-4, 1e-3, 1e-2, 2e-2]
@@ -29,9 +28,11 @@ def error(x: Tensor) -> float:
     return float((x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).abs().max())
 
 
-def unpolished(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retraction: str, scratch: Scratch) -> None:
-    """The bare retraction of a square X."""
-    x.copy_(geometry.RETRACTIONS[retraction](x, xi, torch.empty_like(x)))
+def unpolished(xs: list[Tensor], xis: list[Tensor], *rest: object) -> None:
+    """The bare retraction, Cayley's, of square X."""
+    outs = [torch.empty_like(x) for x in xs]
+    geometry.RETRACTIONS["cayley"](xs, xis, outs)
+    torch._foreach_copy_(xs, outs)
 
 
 def run(retraction: str, steps: int, device: str, sizes: list[tuple[int, int]]) -> dict[tuple, tuple[float, float]]:

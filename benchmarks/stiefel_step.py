@@ -3,6 +3,7 @@
 Sides: `StiefelAdam` on one bank per size, on one parameter per matrix, and `StiefelSGD` on banks; the published
 equations one matrix at a time; geoopt's RiemannianAdam on the same banks (`pip install geoopt`; left out without it).
 The sides take turns in every round, so that a busy machine slows all alike. Gradients are fresh noise in each round.
+On a GPU also: how many kernels a step launches, fills and copies included, as the profiler sees them.
 
     python benchmarks/stiefel_step.py [--device cuda] [--rounds 20] [--threads 2] [--lr 1e-3]
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -88,6 +90,15 @@ def sides(device: str, lr: float) -> dict[str, tuple[list[Tensor], Callable[[], 
     return made
 
 
+def launches(step: Callable[[], object]) -> int:
+    """What one step makes a GPU do, counted."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    done = [event for event in seen.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.is_user_annotation for event in done)
+
+
 def error(matrices: list[Tensor]) -> float:
     return max(
         float((x.double().mT @ x.double() - torch.eye(x.shape[-1], device=x.device)).abs().max())
@@ -122,10 +133,12 @@ def main() -> None:
     where = torch.cuda.get_device_name() if on_gpu else f"CPU, {arguments.threads} threads"
     print(f"{where}, torch {torch.__version__}, lr {arguments.lr:g}, {arguments.rounds} rounds\n")
     ours = min(times["StiefelAdam, banks"])
-    print(f"{'one step of 1,680 matrices':32}{'min ms':>10}{'median ms':>12}{'min / ours':>12}{'|X^T X - I|':>14}")
-    for name, (matrices, _) in made.items():
+    head = f"{'one step of 1,680 matrices':32}{'min ms':>10}{'median ms':>12}{'min / ours':>12}{'|X^T X - I|':>14}"
+    print(head + (f"{'launches':>12}" if on_gpu else ""))
+    for name, (matrices, step) in made.items():
         least, median = min(times[name]), statistics.median(times[name])
-        print(f"{name:32}{least:10.2f}{median:12.2f}{least / ours:12.1f}{error(matrices):14.1e}")
+        row = f"{name:32}{least:10.2f}{median:12.2f}{least / ours:12.1f}{error(matrices):14.1e}"
+        print(row + (f"{launches(step):12}" if on_gpu else ""))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""run.py test: ruff, then the rungs of the test ladder, each in a Python process of its own.
+"""run.py test: ruff, mypy, then the rungs of the test ladder, each in a Python process of its own.
 
 The rungs cannot share a process: the first imports the repository as it is, the second imports ComfyUI, whose top
 level has modules of the same names. Whatever cannot run is a failure that names its remedy; a skip is one too.
@@ -16,6 +16,7 @@ from . import cache, process
 from .browser import find_browser
 from .environment import REPOSITORY, Environment
 from .pip import pip
+from .server import link, unlink
 from .terminal import Status, duration
 
 TOOLS = Path(__file__).with_name("test-requirements.txt")
@@ -27,6 +28,7 @@ RUNGS = {
     "browser": ("browser",),
 }
 RUNG_MINUTES = 20
+TYPES_MINUTES = 5
 
 
 def test(environment: Environment, pytest_arguments: Sequence[str], *, with_browser: bool, status: Status) -> int:
@@ -49,6 +51,8 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
     problems = _unlisted_folders()
     if process.run(environment.python, ["-m", "ruff", "check", str(REPOSITORY)], environment=variables) != 0:
         problems.append("ruff: see its findings above")
+    if _check_types(environment.python, variables, tools) != 0:
+        problems.append("mypy: see its findings above")
     counts = Counter()
     for rung, folders in RUNGS.items():
         if rung == "browser" and not with_browser:
@@ -67,6 +71,22 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
     for problem in problems:
         status.done(f"   {problem}")
     return 1 if problems or counts["failed"] else 0
+
+
+def _check_types(python: Path, variables: dict[str, str], tools: Path) -> int:
+    """mypy's exit code. It sees the pack as ComfyUI does, as a package with relative imports, under a name of ours."""
+    with tempfile.TemporaryDirectory(prefix="soda-types-") as stage:
+        pack = Path(stage) / "pack"
+        link(REPOSITORY, pack)
+        try:
+            command = ["-m", "mypy", "--config-file", str(REPOSITORY / "pyproject.toml"), "--cache-dir",
+                       str(tools / ".mypy_cache"), "-p", "pack.soda", "-p", "pack.nodes"]  # fmt: skip
+            return process.run(python, command, environment=variables, cwd=stage, timeout=60 * TYPES_MINUTES)
+        except process.TimeoutExpired:
+            print(f"mypy did not end within {TYPES_MINUTES} minutes and was stopped")
+            return 1
+        finally:
+            unlink(pack)
 
 
 def provide_tools(environment: Environment, status: Status) -> Path:

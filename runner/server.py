@@ -64,7 +64,7 @@ class Server:
             process.stop(self.process)
         custom_nodes = self.base / "custom_nodes" / PACK
         with contextlib.suppress(OSError):  # never follow the link when the staging folder is removed
-            custom_nodes.rmdir() if os.name == "nt" else custom_nodes.unlink()
+            unlink(custom_nodes)
         if not os.path.lexists(custom_nodes):
             shutil.rmtree(self.base, ignore_errors=True)
 
@@ -166,6 +166,11 @@ def link(target: Path, place: Path) -> None:
             _winapi.CreateJunction(str(target), str(place))
         except OSError as junction_error:
             raise RunError(f"Cannot link {place} to {target} ({junction_error}): use a local disk.") from error
+
+
+def unlink(place: Path) -> None:
+    """Removes what `link` made, and nothing of its target."""
+    place.rmdir() if os.name == "nt" else place.unlink()
 
 
 def free_port() -> int:

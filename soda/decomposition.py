@@ -205,12 +205,15 @@ def spectral_product(basis: Basis, delta: Tensor, weight: Tensor, x: Tensor) -> 
     """
     delta = torch.where(basis.live, delta, 0.0)[..., None]
     if basis.decomposition == "lq":
+        assert basis.right is not None
         return _padded(delta * (basis.right @ x), (weight.shape[-2], x.shape[-1]))
     if basis.decomposition == "qr":
+        assert basis.left is not None
         return basis.left @ (delta * x[..., : delta.shape[-2], :])
     share = torch.where(basis.live[..., None], delta / basis.spectrum[..., None], 0.0)
     if basis.left is not None:
         return basis.left @ (share * (basis.left.mT @ (weight @ x)))
+    assert basis.right is not None
     return weight @ (basis.right.mT @ (share * (basis.right @ x)))
 
 

@@ -106,6 +106,14 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     return turned.reshape(*x.shape[:-1], b, a).mT.reshape(x.shape)
 
 
+def widest_angle(r: Tensor) -> Tensor:
+    """The largest angle `(...)`, from 0 to pi, of each orthogonal R `(..., n, n)`, fp64.
+
+    The symmetric part of R has the eigenvalues cos theta; near 0 the angle is good to 1e-8 only.
+    """
+    return torch.linalg.eigvalsh((r + r.mT) / 2)[..., 0].clamp(-1, 1).acos()
+
+
 def log_rotation(r: Tensor) -> Tensor:
     """The skew A `(..., n, n)` with exp(A) = R and angles in [-pi, pi], for R in SO(n).
 
@@ -116,10 +124,9 @@ def log_rotation(r: Tensor) -> Tensor:
     """
     n = r.shape[-1]
     matrices = r.detach().to("cpu", torch.float64).reshape(-1, n, n)
-    angles = torch.linalg.eigvals(matrices).angle()
-    if (torch.linalg.det(matrices) < 0).any():
+    near_pi = widest_angle(matrices) > 3.0
+    if (torch.linalg.det(matrices[near_pi]) < 0).any():  # a reflection has the eigenvalue -1
         raise ValueError("a matrix of determinant -1 is a reflection and has no real logarithm")
-    near_pi = angles.abs().amax(-1) > 3.0
     result = torch.empty_like(matrices)
     plain = matrices[~near_pi]
     if len(plain):
@@ -128,19 +135,19 @@ def log_rotation(r: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(-1j * (cayley - cayley.mT) / 2)
         result[~near_pi] = ((vectors * (2j * values.atan())[:, None, :]) @ vectors.mH).real
     for index in near_pi.nonzero().flatten().tolist():
-        result[index] = _log_near_pi(matrices[index], angles[index])
+        result[index] = _log_near_pi(matrices[index])
     result = (result - result.mT) / 2
     return result.reshape(r.shape).to(r)
 
 
-def _log_near_pi(r: Tensor, angles: Tensor) -> Tensor:
+def _log_near_pi(r: Tensor) -> Tensor:
     """The logarithm of one rotation `(n, n)` fp64, whatever its angles.
 
     H = i (I - e^{-i phi} R)(I + e^{-i phi} R)^-1 is Hermitian with eigenvalues tan((theta - phi) / 2); phi + pi lies
     in the widest gap between the angles. The eigenspace of -1 has even dimension: its vectors are paired into planes.
     """
     n = len(r)
-    ordered = angles.sort().values
+    ordered = torch.linalg.eigvals(r).angle().sort().values
     gaps = torch.cat([ordered[1:], ordered[:1] + 2 * math.pi]) - ordered
     widest = int(gaps.argmax())
     phi = float(ordered[widest] + gaps[widest] / 2) - math.pi

@@ -23,32 +23,37 @@ from torch import Tensor
 
 from ..adapter import Layer
 from ..errors import SodaMixError
-from .terms import Term, combine, common_turn, weighted_sum
+from .terms import Term, TermsByLayer, combine, common_turn, each_factor, weighted_sum
 
 
-def lie_sum(name: str, terms: Sequence[Term]) -> tuple[Layer, ...]:
+def lie_sum(layers: TermsByLayer) -> dict[str, tuple[Layer, ...]]:
     """Adapters of any form, exactly."""
-    return combine(name, terms, weighted_sum, weighted_sum)
+    return {name: combine(name, terms, weighted_sum, each_factor(weighted_sum)) for name, terms in layers.items()}
 
 
-def ties(name: str, terms: Sequence[Term], *, density: float = 0.5) -> tuple[Layer, ...]:
+def ties(layers: TermsByLayer, *, density: float = 0.5) -> dict[str, tuple[Layer, ...]]:
     """Raises SodaMixError for unlike factor sizes, whose coordinates have no signs in common."""
     _check(density)
-    common_turn(name, terms, "ties")
-    trimmed = [term._replace(layer=_each(term.layer, partial(trim, density=density))) for term in terms]
-    return combine(name, trimmed, elected_sum, elected_sum)
+    mixed = {}
+    for name, terms in layers.items():
+        common_turn(name, terms, "ties")
+        trimmed = [term._replace(layer=_each(term.layer, partial(trim, density=density))) for term in terms]
+        mixed[name] = combine(name, trimmed, elected_sum, each_factor(elected_sum))
+    return mixed
 
 
-def dare(name: str, terms: Sequence[Term], *, density: float = 0.5, seed: int = 0) -> tuple[Layer, ...]:
+def dare(layers: TermsByLayer, *, density: float = 0.5, seed: int = 0) -> dict[str, tuple[Layer, ...]]:
     """What is dropped follows from the seed, the adapter's content and the layer's name: not from the other adapters
     and not from the platform. Two copies of an adapter drop alike."""
     _check(density)
-    dropped = []
-    for term in terms:
-        key = f"{seed}\0{term.source}\0{name}\0{term.layer.decomposition}\0{term.layer.sizes}"
-        random = numpy.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
-        dropped.append(term._replace(layer=_each(term.layer, partial(drop, density=density, random=random))))
-    return combine(name, dropped, weighted_sum, weighted_sum)
+    dropped: dict[str, list[Term]] = {}
+    for name, terms in layers.items():
+        for term in terms:
+            key = f"{seed}\0{term.source}\0{name}\0{term.layer.decomposition}\0{term.layer.sizes}"
+            random = numpy.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
+            layer = _each(term.layer, partial(drop, density=density, random=random))
+            dropped.setdefault(name, []).append(term._replace(layer=layer))
+    return lie_sum(dropped)
 
 
 def trim(t: Tensor, density: float) -> Tensor:

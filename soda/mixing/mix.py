@@ -14,7 +14,7 @@ from .lie import dare, lie_sum, ties
 from .record import describe, title
 from .terms import Part, terms_by_layer
 
-Operator = Callable[..., tuple[Layer, ...]]  # (layer's name, terms; settings by keyword) -> the mixed layer
+Operator = Callable[..., dict[str, tuple[Layer, ...]]]  # (terms by layer; settings by keyword) -> the mixed layers
 OPERATORS: dict[str, Operator] = {"lie_sum": lie_sum, "karcher": karcher, "ties": ties, "dare": dare}
 LINEAR = ("lie_sum", "dare")  # the only ones that know what to do with several terms of one adapter in a layer
 
@@ -36,8 +36,7 @@ def mix(parts: Sequence[Part], name: str = "", operator: str = "lie_sum", **sett
             raise SodaMixError(f"{adapter.name!r} is itself a mix ({reason}): {operator} cannot mix it; use lie_sum")
     if len(parts) == 1 and parts[0][1] == 1 and operator in ("lie_sum", "karcher"):
         return parts[0][0]
-    layers = {layer: rule(layer, terms) for layer, terms in terms_by_layer(parts).items()}
-    return Adapter(layers, describe(parts, operator, settings), name or title(parts))
+    return Adapter(rule(terms_by_layer(parts)), describe(parts, operator, settings), name or title(parts))
 
 
 def _rule(operator: str, settings: dict[str, float]) -> Operator:

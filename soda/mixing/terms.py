@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from .blocks import Weight, layer_weight
 Part = tuple[Adapter, Weight]
 # (tensors of equal length, fp64; their weights) -> one such tensor
 Rule = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+# (terms that turn a side by equal factor sizes, j) -> the triangle of A_j of all of them together, fp32
+Rotation = Callable[[Sequence["Term"], int], Tensor]
+Turn = tuple[str, tuple[int, ...]]  # side, factor sizes
 
 
 class Term(NamedTuple):
@@ -22,6 +25,9 @@ class Term(NamedTuple):
     layer: Layer
     weight: float
     source: str
+
+
+TermsByLayer = Mapping[str, Sequence[Term]]
 
 
 def terms_by_layer(parts: Sequence[Part]) -> dict[str, list[Term]]:
@@ -49,29 +55,33 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def combine(name: str, terms: Sequence[Term], spectrum: Rule, rotation: Rule) -> tuple[Layer, ...]:
+def turns(terms: Sequence[Term]) -> dict[Turn, list[Term]]:
+    """The terms by the side of the weight that they turn and their factor sizes."""
+    found: dict[Turn, list[Term]] = {}
+    for term in terms:
+        found.setdefault((term.layer.side, term.layer.sizes), []).append(term)
+    return found
+
+
+def combine(name: str, terms: Sequence[Term], spectrum: Rule, rotation: Rotation) -> tuple[Layer, ...]:
     """The layer as one term per form, its spectra by one rule and its rotations by another.
 
     Spectra combine within a form: each belongs to its basis. Rotations combine over all terms that turn one side of
-    the weight by equal factor sizes, factor by factor; the first of their forms carries the
-    result, the others do not turn, and a `none` that does not turn is left out.
+    the weight by equal factor sizes, factor by factor; the first of their forms carries the result, the others do not
+    turn, and a `none` that does not turn is left out.
     Raises SodaMixError if spectra of one form differ in length.
     """
     forms: dict[tuple[Decomposition, tuple[int, ...]], list[Term]] = {}
-    turns: dict[tuple[str, tuple[int, ...]], list[Term]] = {}
     for term in terms:
-        sizes = term.layer.sizes
-        forms.setdefault((term.layer.decomposition, sizes), []).append(term)
-        turns.setdefault((term.layer.side, sizes), []).append(term)
-    layers = []
+        forms.setdefault((term.layer.decomposition, term.layer.sizes), []).append(term)
+    unturned, layers = turns(terms), []
     for decomposition, sizes in sorted(forms, key=lambda form: (form[0] == "none", form)):
         same = forms[decomposition, sizes]
-        turning = turns.pop((same[0].layer.side, sizes), None)
+        turning = unturned.pop((same[0].layer.side, sizes), None)
         if turning is None and decomposition == "none":
             continue
         logs = tuple(
-            apply(rotation, turning, [term.layer.logs[j] for term in turning]) if turning else log.new_zeros(log.shape)
-            for j, log in enumerate(same[0].layer.logs)
+            rotation(turning, j) if turning else log.new_zeros(log.shape) for j, log in enumerate(same[0].layer.logs)
         )
         deltas = [term.layer.delta for term in same if term.layer.delta is not None]
         lengths = sorted({delta.numel() for delta in deltas})
@@ -95,6 +105,11 @@ def combine(name: str, terms: Sequence[Term], spectrum: Rule, rotation: Rule) ->
 def apply(rule: Rule, terms: Sequence[Term], tensors: Sequence[Tensor]) -> Tensor:
     """The rule in fp64 on one tensor of each term, as fp32."""
     return rule([tensor.double() for tensor in tensors], [term.weight for term in terms]).float()
+
+
+def each_factor(rule: Rule) -> Rotation:
+    """The rule on the triangles of A_j."""
+    return lambda turning, j: apply(rule, turning, [term.layer.logs[j] for term in turning])
 
 
 def common_turn(name: str, terms: Sequence[Term], operator: str) -> None:

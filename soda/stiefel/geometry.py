@@ -25,6 +25,7 @@ leaves the factor out: there |V| grows by sqrt(1 + |zeta|^2), which a momentum o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -36,14 +37,29 @@ from .scratch import Scratch
 MAX_STEP = 0.5
 
 
-def tangent_gradient(x: Tensor, g: Tensor, a: float, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
-    """Z `(B, m, m)` and W `(B, n, m)`, None if n = m, of the gradients G at X `(B, n, m)`. Z lies in piece 1."""
-    square = len(x), x.shape[-1], x.shape[-1]
-    inner = torch.bmm(x.mT, g, out=scratch.take(0, x, *square))
-    z = torch.sub(inner, inner.mT, out=scratch.take(1, x, *square))
+def tangent_gradients(
+    xs: list[Tensor], gs: list[Tensor], a: float, scratch: Scratch
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Z `(B, m, m)` and W `(B, n, m)`, None if n = m, of the gradients G at each X `(B, n, m)`. Z lie in piece 1."""
+    squares = [(len(x), x.shape[-1], x.shape[-1]) for x in xs]
+    inners, zs = scratch.take(0, xs[0], squares), scratch.take(1, xs[0], squares)
+    for x, g, inner, z in zip(xs, gs, inners, zs, strict=True):
+        torch.bmm(x.mT, g, out=inner)
+        torch.sub(inner, inner.mT, out=z)
     if a != 0.5:
-        z.mul_(0.5 / (1 - a))
-    return z, None if x.shape[-2] == x.shape[-1] else torch.baddbmm(g, x, inner, alpha=-1)
+        torch._foreach_mul_(zs, 0.5 / (1 - a))
+    return zs, [
+        None if x.shape[-2] == x.shape[-1] else torch.baddbmm(g, x, inner, alpha=-1)
+        for x, g, inner in zip(xs, gs, inners, strict=True)
+    ]
+
+
+def largest_skew(entry: float, n: int) -> float:
+    """The largest |xi|_2 of a skew xi `(n, n)` with entries of at most `entry` each (G. Pick, ZAMM 2, 1922).
+
+    It has all of them above the diagonal alike.
+    """
+    return entry / math.tan(math.pi / (2 * n))
 
 
 def hold(step: Tensor) -> Tensor:
@@ -61,35 +77,64 @@ def hold(step: Tensor) -> Tensor:
     return step.mul_(torch.minimum(length, MAX_STEP / gram.sqrt_().clamp_min_(info.eps)))
 
 
-def _add(x: Tensor, xi: Tensor, out: Tensor) -> Tensor:
-    return torch.baddbmm(x, x, xi, out=out)
+def hold_skew(xi: Tensor, entry: float) -> Tensor:
+    """`hold` for a skew xi with entries of at most `entry`; not computed where these are too small to be held.
 
-
-def _cayley(x: Tensor, xi: Tensor, out: Tensor) -> Tensor:
-    eye = torch.eye(xi.shape[-1], dtype=xi.dtype, device=xi.device)
-    half = xi / 2
-    return torch.bmm(x, torch.linalg.solve_ex(eye - half, eye + half).result, out=out)
-
-
-def _exp(x: Tensor, xi: Tensor, out: Tensor) -> Tensor:
-    # Of one matrix alone, norms of 0.005 to 0.05, torch takes too few terms: wrong by 2e-10 in fp64.
-    pair = xi if len(xi) > 1 else xi.expand(2, -1, -1)
-    return torch.bmm(x, torch.linalg.matrix_exp(pair)[: len(xi)], out=out)
-
-
-RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"polar": _add, "cayley": _cayley, "exp": _exp}
-
-
-def move(x: Tensor, xi: Tensor, zeta: Tensor | None, v: Tensor | None, retraction: str, scratch: Scratch) -> None:
-    """X, `(B, n, m)`, goes to X3 along a held (xi, zeta), and V along with it, both in place; xi may lie in piece 0.
-
-    X's own drift from the manifold goes away on the way.
+    |xi^T xi|_F <= |xi|_2 |xi|_F, and |xi|_F <= sqrt(n (n - 1)) entry.
     """
-    x1 = RETRACTIONS[retraction](x, xi, scratch.take(1, x, *x.shape))
-    s = scratch.take(0, x, len(x), x.shape[-1], x.shape[-1])
-    if zeta is None or v is None:
-        newton_schulz(x1, MAX_STEP**2 / 2**0.5, s, out=x)  # singular values of a skew xi come in pairs
-        return
-    x2 = torch.baddbmm(x1, zeta, torch.bmm(x1.mT, x1))
-    v.baddbmm_(x1, torch.bmm(zeta.mT, v), alpha=-1)
-    newton_schulz(x2, 2.5 * MAX_STEP**2, s, out=x, follow=v)
+    n = xi.shape[-1]
+    if largest_skew(entry, n) * math.sqrt(n * (n - 1)) * entry <= MAX_STEP**2:
+        return xi
+    return hold(xi)
+
+
+def _add(xs: list[Tensor], xis: list[Tensor], outs: list[Tensor]) -> None:
+    torch._foreach_copy_(outs, xs)
+    for x, xi, out in zip(xs, xis, outs, strict=True):
+        out.baddbmm_(x, xi)
+
+
+def _cayley(xs: list[Tensor], xis: list[Tensor], outs: list[Tensor]) -> None:
+    for x, xi, out in zip(xs, xis, outs, strict=True):
+        eye = torch.eye(xi.shape[-1], dtype=xi.dtype, device=xi.device)
+        half = xi / 2
+        torch.bmm(x, torch.linalg.solve_ex(eye - half, eye + half).result, out=out)
+
+
+def _exp(xs: list[Tensor], xis: list[Tensor], outs: list[Tensor]) -> None:
+    for x, xi, out in zip(xs, xis, outs, strict=True):
+        # Of one matrix alone, norms of 0.005 to 0.05, torch takes too few terms: wrong by 2e-10 in fp64.
+        pair = xi if len(xi) > 1 else xi.expand(2, -1, -1)
+        torch.bmm(x, torch.linalg.matrix_exp(pair)[: len(xi)], out=out)
+
+
+Retraction = Callable[[list[Tensor], list[Tensor], list[Tensor]], None]
+RETRACTIONS: dict[str, Retraction] = {"polar": _add, "cayley": _cayley, "exp": _exp}
+
+
+def move(
+    xs: list[Tensor],
+    xis: list[Tensor],
+    zetas: list[Tensor | None],
+    vs: list[Tensor | None],
+    retraction: str,
+    scratch: Scratch,
+    entry: float = math.inf,
+) -> None:
+    """Each X, `(B, n, m)`, goes to X3 along a held (xi, zeta), and V along with it, both in place.
+
+    xi may lie in piece 0; its entries are at most `entry`. X's own drift e from the manifold becomes 3/4 e^2.
+    """
+    m1s = scratch.take(1, xs[0], [x.shape for x in xs])
+    RETRACTIONS[retraction](xs, xis, m1s)
+    errors = []
+    for i, (x1, zeta, v) in enumerate(zip(m1s, zetas, vs, strict=True)):
+        if zeta is not None and v is not None:
+            v.baddbmm_(x1, torch.bmm(zeta.mT, v), alpha=-1)
+            m1s[i] = torch.baddbmm(x1, zeta, torch.bmm(x1.mT, x1))
+            errors.append(2.5 * MAX_STEP**2)
+        elif retraction == "polar":  # singular values of a skew xi come in pairs
+            errors.append(min(MAX_STEP**2 / 2**0.5, largest_skew(entry, x1.shape[-1]) ** 2))
+        else:
+            errors.append(0.0)
+    newton_schulz(m1s, errors, scratch.take(0, xs[0], [(len(x), x.shape[-1], x.shape[-1]) for x in xs]), xs, vs)

@@ -4,9 +4,9 @@ With S = M^T M - I the step is M <- M (I - S / 2), which turns S into -3/4 S^2 +
 of S in (-1, 2). There is no normalisation first: the matrices of an optimizer's step are near the manifold, where one
 or two steps reach rounding.
 
-On a CPU S is looked at: entries of the next S are at most 3/4 of the largest squared row of S, and the steps end as
-soon as that is rounding. On other devices a look would wait for the device, so there the steps are as many as the
-worst S needs. (Higham, Functions of Matrices, 2008, section 8.3.)
+A bound on |S|_2 says how many steps may be needed. On a CPU S is looked at where that is more than one: entries of the
+next S are at most 3/4 of the largest squared row of S, and the steps end as soon as that is rounding. On other devices
+a look would wait for the device. (Higham, Functions of Matrices, 2008, section 8.3.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def newton_schulz_steps(error: float, tolerance: float) -> int:
     """Steps that bring |S|_2 from `error` to `tolerance`; at least one."""
     steps, error = 1, 0.75 * error**2 + 0.25 * error**3
@@ -26,28 +26,37 @@ def newton_schulz_steps(error: float, tolerance: float) -> int:
     return steps
 
 
-def newton_schulz(m: Tensor, error: float, s: Tensor, out: Tensor, follow: Tensor | None = None) -> Tensor:
-    """`out` becomes the polar factor of M `(B, n, m)` with |S|_2 <= `error`; returns it. M and S `(B, m, m)` are lost.
+def newton_schulz(
+    ms: list[Tensor], errors: list[float], ss: list[Tensor], outs: list[Tensor], follow: list[Tensor | None]
+) -> None:
+    """Each `out` becomes the polar factor of its M `(B, n, m)` with |S|_2 <= `error`; M and S `(B, m, m)` are lost.
 
-    `follow`, `(B, n, m)`, is multiplied in place by the same (M^T M)^(-1/2).
+    What follows, `(B, n, m)`, is multiplied in place by the same (M^T M)^(-1/2). All lie on one device in one dtype.
     """
-    tolerance, on_cpu = 2 * torch.finfo(m.dtype).eps, m.device.type == "cpu"
-    result = out
-    for left in reversed(range(newton_schulz_steps(error, tolerance))):
-        torch.bmm(m.mT, m, out=s)
-        s.diagonal(dim1=-2, dim2=-1).sub_(1)
-        last = left == 0 or (on_cpu and not 0.75 * float(torch.linalg.vector_norm(s, dim=-1).max()) ** 2 > tolerance)
-        if follow is not None:
-            follow.copy_(torch.baddbmm(follow, follow, s, alpha=-0.5))
-        torch.baddbmm(m, m, s, alpha=-0.5, out=result)
-        m, result = result, m
-        if last:
-            break
-    return m if m is out else out.copy_(m)
+    tolerance, on_cpu = 2 * torch.finfo(ms[0].dtype).eps, ms[0].device.type == "cpu"
+    left = [newton_schulz_steps(error, tolerance) for error in errors]
+    here, there, active = list(ms), list(outs), list(range(len(ms)))
+    while active:
+        torch._foreach_copy_([there[i] for i in active], [here[i] for i in active])
+        for i in active:
+            m, s, v = here[i], ss[i], follow[i]
+            torch.bmm(m.mT, m, out=s)
+            s.diagonal(dim1=-2, dim2=-1).sub_(1)
+            if v is not None:
+                v.copy_(torch.baddbmm(v, v, s, alpha=-0.5))
+            left[i] -= 1
+            if on_cpu and left[i] and 0.75 * float(torch.linalg.vector_norm(s, dim=-1).max()) ** 2 <= tolerance:
+                left[i] = 0
+            here[i], there[i] = there[i].baddbmm_(m, s, alpha=-0.5), m
+        active = [i for i in active if left[i]]
+    astray = [i for i, out in enumerate(outs) if here[i] is not out]
+    if astray:
+        torch._foreach_copy_([outs[i] for i in astray], [here[i] for i in astray])
 
 
 def polar(m: Tensor, error: float = 0.5) -> Tensor:
     """The polar factor of each `(..., n, m)`, n >= m, in M's dtype, for |M^T M - I|_2 <= `error` < 1."""
     bank = m.reshape(-1, *m.shape[-2:]).clone()
-    s = m.new_empty(len(bank), m.shape[-1], m.shape[-1])
-    return newton_schulz(bank, error, s, torch.empty_like(bank)).view(m.shape)
+    result = torch.empty_like(bank)
+    newton_schulz([bank], [error], [m.new_empty(len(bank), m.shape[-1], m.shape[-1])], [result], [None])
+    return result.view(m.shape)

@@ -1,4 +1,4 @@
-"""What the Stiefel optimizers share: what a parameter may be, and one set of batched kernels for all of one size."""
+"""What the Stiefel optimizers share: what a parameter may be, and which are stepped by the same kernels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from .scratch import Scratch
 class StiefelOptimizer(Optimizer):
     """Parameters are fp32 or fp64 `(..., n, m)`, n >= m: single matrices, or banks that leading dimensions count.
 
-    All parameters of a group that have one size are stepped together. A contiguous bank is stepped where it lies;
-    several parameters are gathered into a bank and written back. The state of a parameter are its moments in the
-    tangent space, `(..., m, m)` and for n > m also `(..., n, m)`, and its number of steps, so that a run goes on bit
-    by bit (on a CPU) from a `state_dict` and the parameters.
+    All parameters of a group that have one size are stepped together: a contiguous bank where it lies, several
+    parameters gathered into a bank and written back. On a GPU, where launches cost more than arithmetic, the banks of
+    all sizes go through each stage of the step together. The state of a parameter are its moments in the tangent
+    space, `(..., m, m)` and for n > m also `(..., n, m)`, and counters such as its number of steps, so that a run goes
+    on bit by bit (on a CPU) from a `state_dict` and the parameters.
 
     fp16 and bf16 are refused, because rounding to them leaves the manifold by 1e-2: keep the parameter in fp32 and
     cast it where it is used. Products are full fp32 inside the step, whatever TF32 or autocast say outside.
     """
 
     MOMENTS: tuple[str, ...]
+    COUNTERS: dict[str, float] = {"step": 0}
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]):
         super().__init__(params, defaults)
@@ -57,14 +59,26 @@ class StiefelOptimizer(Optimizer):
         if group["retraction"] not in RETRACTIONS:
             raise ValueError(f"retraction is {group['retraction']!r}; give one of {', '.join(RETRACTIONS)}")
 
-    def _tangent(
-        self, x: Tensor, g: Tensor, moments: dict[str, Tensor], step: int, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The held step (xi, zeta) from X `(B, n, m)` with gradient G; updates the moments."""
+    def _count(self, counters: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        """The counters one step on."""
+        return {"step": counters["step"] + 1}
+
+    def _tangents(
+        self,
+        xs: list[Tensor],
+        gs: list[Tensor],
+        moments: list[dict[str, Tensor]],
+        counters: dict[str, Any],
+        group: dict[str, Any],
+    ) -> tuple[list[Tensor], list[Tensor | None], float]:
+        """The held steps (xi, zeta) from each X `(B, n, m)` with gradient G, and what no entry of xi can exceed.
+
+        Updates the moments.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what the closure returns.
 
         Raises ValueError for a sparse gradient, and at a parameter's first step if it is not near the manifold.
@@ -75,21 +89,25 @@ class StiefelOptimizer(Optimizer):
                 loss = closure()
         with full_fp32():
             for group in self.param_groups:
-                for parameters in self._by_size(group["params"]):
-                    self._step_together(parameters, group)
+                for sizes in self._together(group["params"]):
+                    self._step_together(sizes, group)
         return loss
 
-    def _by_size(self, parameters: list[Tensor]) -> list[list[Tensor]]:
-        """Those with a gradient, together where size, dtype, device and number of steps agree."""
-        sizes: dict[tuple, list[Tensor]] = {}
+    def _together(self, parameters: list[Tensor]) -> list[list[list[Tensor]]]:
+        """Those with a gradient: what goes through the same stages -> its sizes -> the parameters of a size.
+
+        What goes together has one dtype, device and number of steps, and on a CPU, where caches count, one size.
+        """
+        found: dict[tuple, dict[torch.Size, list[Tensor]]] = {}
         for p in parameters:
             if p.grad is None or not p.numel():
                 continue
             if p not in self.state:
                 self._begin(p)
-            key = (*p.shape[-2:], p.dtype, p.device, self.state[p]["step"])
-            sizes.setdefault(key, []).append(p)
-        return list(sizes.values())
+            state, size = self.state[p], p.shape[-2:]
+            key = p.dtype, p.device, size if p.is_cpu else None, *(state[name] for name in self.COUNTERS)
+            found.setdefault(key, {}).setdefault(size, []).append(p)
+        return [list(sizes.values()) for sizes in found.values()]
 
     def _begin(self, p: Tensor) -> None:
         if p.grad is not None and p.grad.is_sparse:
@@ -105,24 +123,30 @@ class StiefelOptimizer(Optimizer):
                 f"{error:.2g}; start from torch.nn.init.orthogonal_ or torch.linalg.qr(x).Q"
             )
         state = self.state[p]
-        state["step"] = 0
+        state.update(self.COUNTERS)
         for name in self.MOMENTS:
             state[name] = p.new_zeros(*p.shape[:-2], m, m)
             if n > m:
                 state["normal_" + name] = torch.zeros_like(p, memory_format=torch.contiguous_format)
 
-    def _step_together(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in parameters]
-        for state in states:
-            state["step"] += 1
-        names = [name for name in states[0] if name != "step"]
-        moments = {name: _gather([state[name] for state in states]) for name in names}
-        x, g = _gather(parameters), _gather([p.grad for p in parameters if p.grad is not None])
-        xi, zeta = self._tangent(x, g, moments, states[0]["step"], group)
-        move(x, xi, zeta, moments.get("normal_momentum"), group["retraction"], self._scratch)
-        _scatter(x, parameters)
-        for name in names:
-            _scatter(moments[name], [state[name] for state in states])
+    def _step_together(self, sizes: list[list[Tensor]], group: dict[str, Any]) -> None:
+        states = [[self.state[p] for p in parameters] for parameters in sizes]
+        counters = self._count(states[0][0], group)
+        xs, gs, moments = [], [], []
+        for parameters, of_size in zip(sizes, states, strict=True):
+            for state in of_size:
+                state.update(counters)
+            names = [name for name in of_size[0] if name not in self.COUNTERS]
+            moments.append({name: _gather([state[name] for state in of_size]) for name in names})
+            xs.append(_gather(parameters))
+            gs.append(_gather([p.grad for p in parameters if p.grad is not None]))
+        xis, zetas, entry = self._tangents(xs, gs, moments, counters, group)
+        vs = [of_size.get("normal_momentum") for of_size in moments]
+        move(xs, xis, zetas, vs, group["retraction"], self._scratch, entry)
+        for x, parameters, banks, of_size in zip(xs, sizes, moments, states, strict=True):
+            _scatter(x, parameters)
+            for name, bank in banks.items():
+                _scatter(bank, [state[name] for state in of_size])
 
 
 def _check_parameter(p: Tensor) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+ALIGNED = 64  # numbers
 
 
 class Scratch:
@@ -14,10 +17,13 @@ class Scratch:
     def __init__(self) -> None:
         self._pieces: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, piece: int, like: Tensor, *shape: int) -> Tensor:
-        """Piece 0 or 1, uninitialised, as a contiguous tensor of `shape` with the dtype and device of `like`."""
-        key, count = (piece, like.dtype, like.device), math.prod(shape)
+    def take(self, piece: int, like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Piece 0 or 1 as contiguous tensors of `shapes`, uninitialised, with the dtype and device of `like`."""
+        counts = [math.prod(shape) for shape in shapes]
+        rooms = [-(-count // ALIGNED) * ALIGNED for count in counts]
+        key, total = (piece, like.dtype, like.device), sum(rooms)
         held = self._pieces.get(key)
-        if held is None or held.numel() < count:
-            held = self._pieces[key] = like.new_empty(count)
-        return held[:count].view(shape)
+        if held is None or held.numel() < total:
+            held = self._pieces[key] = like.new_empty(total)
+        parts = held[:total].split(rooms)
+        return [part[:count].view(shape) for part, count, shape in zip(parts, counts, shapes, strict=True)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .geometry import hold, tangent_gradient
+from .geometry import hold, tangent_gradients
 from .optimizer import StiefelOptimizer
 
 
@@ -49,15 +50,28 @@ class StiefelSGD(StiefelOptimizer):
         if not 0 <= group["dampening"] <= 1:
             raise ValueError(f"dampening is {group['dampening']}; give a number from 0 to 1")
 
-    def _tangent(
-        self, x: Tensor, g: Tensor, moments: dict[str, Tensor], step: int, group: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _tangents(
+        self,
+        xs: list[Tensor],
+        gs: list[Tensor],
+        moments: list[dict[str, Tensor]],
+        counters: dict[str, Any],
+        group: dict[str, Any],
+    ) -> tuple[list[Tensor], list[Tensor | None], float]:
         lr, mu, fresh, a = group["lr"], group["momentum"], 1 - group["dampening"], group["a"]
-        z, w = tangent_gradient(x, g, a, self._scratch)
-        y, zeta = moments["momentum"], None
-        if w is not None:
-            v = moments["normal_momentum"]
+        zs, ws = tangent_gradients(xs, gs, a, self._scratch)
+        ys = [m["momentum"] for m in moments]
+        zetas: list[Tensor | None] = []
+        for w, y, moment in zip(ws, ys, moments, strict=True):
+            if w is None:
+                zetas.append(None)
+                continue
+            v = moment["normal_momentum"]
             v.copy_(torch.baddbmm(w, v, hold(y * -lr), beta=fresh, alpha=(3 * a - 2) / 2).add_(v, alpha=mu))
-            zeta = hold(v * -lr)
-        y.mul_(mu).add_(z, alpha=fresh)
-        return hold(torch.mul(y, -lr, out=self._scratch.take(0, y, *y.shape))), zeta
+            zetas.append(hold(v * -lr))
+        torch._foreach_mul_(ys, mu)
+        torch._foreach_add_(ys, zs, alpha=fresh)
+        xis = self._scratch.take(0, ys[0], [y.shape for y in ys])
+        for y, xi in zip(ys, xis, strict=True):
+            hold(torch.mul(y, -lr, out=xi))
+        return xis, zetas, math.inf

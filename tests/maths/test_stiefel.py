@@ -100,6 +100,38 @@ def test_adam_is_its_equations(size, lr, b1, b2, a, retraction, seed):
         torch.testing.assert_close(bank[i].detach(), expected, rtol=0, atol=1e-11)
 
 
+@given(b1=st.floats(0, 0.99), b2=st.floats(0, 0.9999), growth=st.floats(0.5, 2.0), steps=st.integers(1, 60),
+       change=st.booleans(), seed=st.integers(0, 2**20))  # fmt: skip
+def test_no_entry_of_an_adam_step_exceeds_its_bound(b1, b2, growth, steps, change, seed):
+    """Gradients that grow or fade, by chance or as the bound is reached, and betas that change on the way."""
+    rule = StiefelAdam([torch.nn.Parameter(frames(2, 4, 4))], lr=1e-3, betas=(b1, b2), eps=1e-12)
+    (group,), x = rule.param_groups, rule.param_groups[0]["params"][0].detach()
+    moments = {name: torch.zeros(2, 4, 4, dtype=torch.float64) for name in rule.MOMENTS}
+    counters = dict(rule.COUNTERS)
+    for t in range(steps):
+        if change and t == steps // 2:
+            group["betas"] = (0.5 * b1, 0.9 * b2)
+        counters = rule._count(counters, group)
+        gradient = growth**t * (noise(2, 4, 4, seed=seed + t) if seed % 2 else noise(2, 4, 4, seed=seed))
+        (xi,), _, entry = rule._tangents([x], [x @ gradient], [moments], counters, group)
+        assert xi.abs().max() <= entry * (1 + 1e-12)
+
+
+def test_the_bound_on_an_adam_step_is_reached():
+    """By gradients that grow by b2 / b1 a step, when all others are forgotten."""
+    b1, b2, lr = 0.6, 0.9, 1e-3
+    x = frames(1, 3, 3)[0]
+    rule = StiefelAdam([torch.nn.Parameter(x.clone())], lr=lr, betas=(b1, b2), eps=1e-12)
+    moments = {name: torch.zeros(1, 3, 3, dtype=torch.float64) for name in rule.MOMENTS}
+    counters, g = dict(rule.COUNTERS), noise(1, 3, 3)
+    for t in range(40):
+        counters = rule._count(counters, rule.param_groups[0])
+        (xi,), _, entry = rule._tangents([x[None]], [(b2 / b1) ** t * g], [moments], counters, rule.param_groups[0])
+        off_diagonal = xi[0][~torch.eye(3, dtype=torch.bool)].abs()
+        torch.testing.assert_close(off_diagonal, torch.full_like(off_diagonal, entry), rtol=1e-9, atol=0)
+    assert entry > 1.2 * lr
+
+
 @given(size=sizes, lr=st.floats(1e-4, 0.3), momentum=st.floats(0, 0.95), dampening=st.floats(0, 1), a=metrics,
        retraction=retractions, seed=st.integers(0, 2**20))  # fmt: skip
 def test_sgd_is_its_equations(size, lr, momentum, dampening, a, retraction, seed):

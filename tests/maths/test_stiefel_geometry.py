@@ -1,5 +1,6 @@
 """The way along St(n, m) and back onto it, against singular values, eigen-angles and the matrix exponential."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soda.stiefel.geometry import MAX_STEP, RETRACTIONS, hold, move, tangent_gradient
+from soda.stiefel.geometry import MAX_STEP, RETRACTIONS, hold, hold_skew, largest_skew, move, tangent_gradients
 from soda.stiefel.newton_schulz import newton_schulz, newton_schulz_steps, polar
 from soda.stiefel.scratch import Scratch
 
@@ -56,7 +57,7 @@ def test_polar_is_the_nearest_matrix_with_orthonormal_columns(shape, error, seed
     expected = follow @ ((q * (1 + s).rsqrt()[:, None]) @ q.mT)
     torch.testing.assert_close(polar(matrix), svd_polar(matrix), rtol=0, atol=1e-13)
     out, s = torch.empty_like(matrix), torch.empty(count, m, m, dtype=torch.float64)
-    assert newton_schulz(matrix.clone(), error, s, out, follow) is out
+    newton_schulz([matrix.clone()], [error], [s], [out], [follow])
     torch.testing.assert_close(out, svd_polar(matrix), rtol=0, atol=1e-13)
     torch.testing.assert_close(follow, expected, rtol=0, atol=1e-12)
 
@@ -89,7 +90,7 @@ def test_how_far_an_eigen_angle_turns(retraction, angle, theta, n, seed):
     xi[:, 0, 1], xi[:, 1, 0] = -theta, theta
     x = frames(1, n, n, seed + 1)
     start = x.clone()
-    move(x, frame @ xi @ frame.mT, None, None, retraction, Scratch())
+    move([x], [frame @ xi @ frame.mT], [None], [None], retraction, Scratch())
     expected = torch.eye(n, dtype=torch.float64)[None].clone()
     c, s = math.cos(angle(theta)), math.sin(angle(theta))
     expected[:, :2, :2] = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
@@ -115,19 +116,33 @@ def test_a_move_is_its_formula_and_keeps_position_and_momentum_apart(retraction,
     root = (vectors * values.rsqrt()[:, None]) @ vectors.mT
     x0, along = x.clone(), 2 * zeta
     before = along.norm()
-    move(x, xi, zeta, v, retraction, Scratch())
+    move([x], [xi], [zeta], [v], retraction, Scratch())
     torch.testing.assert_close(x, x2 @ root, rtol=0, atol=1e-13)
     torch.testing.assert_close(v, v2 @ root, rtol=0, atol=1e-12)
     assert (x.mT @ v).abs().max() < 1e-13
-    move(x0, torch.zeros_like(xi), zeta, along, retraction, Scratch())
+    move([x0], [torch.zeros_like(xi)], [zeta], [along], retraction, Scratch())
     torch.testing.assert_close(along.norm(), before, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 def test_a_move_removes_drift(retraction):
     x = frames(2, 6, 6) + 1e-3 * noise(2, 6, 6, seed=1)
-    move(x, skew(2, 6, 0.01), None, None, retraction, Scratch())
+    for _ in range(3):  # the square of it stays at least
+        move([x], [skew(2, 6, 0.01)], [None], [None], retraction, Scratch())
     assert off_manifold(x) < 1e-14
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_sizes_that_move_together_move_as_if_alone(retraction):
+    xs = [frames(2, n, m, n) for n, m in ((3, 3), (7, 4), (1, 1), (9, 9), (6, 4))]
+    xis = [skew(2, x.shape[-1], 0.1, i) for i, x in enumerate(xs)]
+    zetas = [None if x.shape[-2] == x.shape[-1] else normal(x, 0.2, i) for i, x in enumerate(xs)]
+    vs = [None if zeta is None else 3 * zeta for zeta in zetas]
+    alone = copy.deepcopy(list(zip(xs, xis, zetas, vs, strict=True)))
+    move(xs, xis, zetas, vs, retraction, Scratch())
+    for (x, xi, zeta, v), together, momentum in zip(alone, xs, vs, strict=True):
+        move([x], [xi], [zeta], [v], retraction, Scratch())
+        assert torch.equal(x, together) and (v is None or torch.equal(v, momentum))
 
 
 @given(shape=shapes, a=st.sampled_from([0.5, 0.0, -1.0, 0.9]), seed=st.integers(0, 2**20))
@@ -135,7 +150,7 @@ def test_the_tangent_gradient_represents_the_gradient_in_the_metric(shape, a, se
     """<(Z, W), Q> in the metric tr Q^T (I - a X X^T) Q is tr G^T Q for every tangent Q."""
     count, n, m = shape
     x, g = frames(count, n, m, seed), noise(count, n, m, seed=seed + 1)
-    z, w = tangent_gradient(x, g, a, Scratch())
+    (z,), (w,) = tangent_gradients([x], [g], a, Scratch())
     assert torch.equal(z, -z.mT) and (w is None) == (n == m)
     gradient = x @ z if w is None else x @ z + w
     q = x @ skew(count, m, 1.0, seed + 2)
@@ -155,6 +170,20 @@ def test_a_held_step_is_shorter_and_points_the_same_way(shape, length, seed):
     gram = torch.linalg.matrix_norm(step.mT @ step)
     torch.testing.assert_close(factor, (MAX_STEP / gram.sqrt()).clamp(max=1.0), rtol=1e-12, atol=0)
     assert torch.linalg.matrix_norm(held, 2).max() <= MAX_STEP * (1 + 1e-12)
+
+
+@given(n=st.integers(1, 64), entry=st.floats(1e-4, 1.0), ends=st.booleans(), seed=st.integers(0, 2**20))
+def test_entries_bound_a_skew_step(n, entry, ends, seed):
+    """Also at the ends of the range, where the largest of all are; a step that cannot need it is not held."""
+    a = 2 * torch.rand(4, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    xi = (a.sign() if ends else a).triu(1) * entry
+    xi = xi - xi.mT
+    assert torch.linalg.matrix_norm(xi, 2).max() <= largest_skew(entry, n) * (1 + 1e-12)
+    alike = torch.full((n, n), entry, dtype=torch.float64).triu(1)
+    largest = torch.linalg.matrix_norm(alike - alike.mT, 2)
+    torch.testing.assert_close(float(largest), largest_skew(entry, n), rtol=1e-12, atol=1e-15)
+    for step in (xi, (alike - alike.mT)[None]):
+        torch.testing.assert_close(hold_skew(step.clone(), entry), hold(step.clone()), rtol=1e-12, atol=0)
 
 
 def test_absurd_steps_are_held_too():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soda.precision import full_fp32
 from soda.stiefel import StiefelAdam, StiefelSGD, geometry
@@ -48,7 +50,7 @@ def test_parameters_of_one_size_are_stepped_as_if_alone(optimizer, leading, n, m
 @both
 def test_one_size_takes_one_set_of_kernels(optimizer, monkeypatch):
     moved = []
-    monkeypatch.setattr("soda.stiefel.optimizer.move", lambda x, *rest: moved.append(x) or geometry.move(x, *rest))
+    monkeypatch.setattr("soda.stiefel.optimizer.move", lambda xs, *rest: moved.extend(xs) or geometry.move(xs, *rest))
     bank = frame(3, 4, 4)
     parameters = [bank, frame(4, 4), frame(5, 5), frame(2, 2, 4, 4), frame(4, 4, dtype=torch.float32)]
     run(parameters, optimizer(parameters), [0])
@@ -56,6 +58,41 @@ def test_one_size_takes_one_set_of_kernels(optimizer, monkeypatch):
     moved.clear()
     run([bank], optimizer([bank]), [0])
     assert [x.data_ptr() for x in moved] == [bank.data_ptr()]
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would launch a kernel for: everything but views and empty memory."""
+
+    NONE = ("new_empty", "view", "transpose", "diagonal", "slice", "split_with_sizes")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind, name = function.name().split(".")[0].split("::")
+        self.count += kind == "aten" and name not in self.NONE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("optimizer, most", [(StiefelAdam, 62), (StiefelSGD, 150)])
+@pytest.mark.parametrize("steps", [1, 10_000])
+def test_a_step_on_a_gpu_launches_little_and_waits_for_nothing(optimizer, most, steps):
+    """SDXL's layout on tensors that pretend to be on a GPU and refuse to be looked at."""
+    layout = {4: 500, 8: 260, 10: 60, 16: 360, 20: 360, 64: 140}
+    with FakeTensorMode():
+        banks = [torch.nn.Parameter(torch.empty(count, n, n, device="cuda")) for n, count in layout.items()]
+        rule = optimizer(banks, lr=1e-3)
+        counters = dict(rule.COUNTERS)
+        for _ in range(steps - 1):
+            counters = rule._count(counters, rule.param_groups[0])
+        for bank in banks:
+            bank.grad = torch.empty_like(bank)
+            rule.state[bank].update(counters, **{name: torch.empty_like(bank) for name in rule.MOMENTS})
+        with Launches() as launches:
+            rule.step()
+    assert 30 < launches.count <= most
 
 
 @both
