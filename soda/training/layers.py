@@ -44,7 +44,7 @@ def put(parameters: SodaParameters, layers: Layers) -> None:
 
 
 def _only(name: str, terms: Sequence[Layer], decomposition: str, sizes: tuple[int, ...]) -> Layer:
-    forms = [(term.decomposition, term.sizes) for term in terms]
+    forms = [_form(term) for term in terms]
     if forms != [(decomposition, sizes)]:
         have = " and ".join(f"{kind} with factors {had}" for kind, had in forms)
         raise SodaTrainingError(
@@ -78,13 +78,17 @@ def added(one: Layers, other: Layers) -> dict[str, tuple[Layer, ...]]:
     found = {name: tuple(terms) for name, terms in one.items()}
     for name, terms in other.items():
         mine = found.get(name, ())
-        if len(mine) == len(terms) == 1 and mine[0].sizes == terms[0].sizes:
+        if len(mine) == len(terms) == 1 and _form(mine[0]) == _form(terms[0]):
             (a,), (b,) = mine, terms
             delta = a.delta if b.delta is None else b.delta if a.delta is None else a.delta + b.delta
             found[name] = (replace(a, delta=delta, logs=tuple(x + y for x, y in zip(a.logs, b.logs, strict=True))),)
         else:
             found[name] = (*mine, *terms)
     return found
+
+
+def _form(layer: Layer) -> tuple[str, tuple[int, ...]]:
+    return layer.decomposition, layer.sizes
 
 
 def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -1,31 +1,19 @@
-"""A run as such: resuming, checkpoints, averages, schedules, noise levels, objectives, divergence."""
+"""A run as such: it can be resumed bit for bit, leaves checkpoints, and goes back when it diverges."""
 
 import json
 import math
-import random
-import statistics
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from soda.adapt import adapt
-from soda.adapter import Adapter, Layer
-from soda.decomposition import decompose
-from soda.errors import SodaFileError, SodaTrainingError
-from soda.mixing import mix
+from soda.errors import SodaFileError
 from soda.training import checkpoint
-from soda.training.average import Average, polar
-from soda.training.guard import Guard
-from soda.training.layers import added, difference, put
 from soda.training.loop import Unwatched, train
-from soda.training.objective import dco, min_snr
 from soda.training.parameters import SodaParameters
 from soda.training.run import Diverged, Losses, TrainingRun
-from soda.training.schedule import share
 from soda.training.settings import TrainingSettings
-from soda.training.timesteps import Timesteps
 
 SHAPES = {"a": (12, 12), "b": (12, 20), "c": (20, 12), "d": (12, 12)}
 
@@ -177,30 +165,6 @@ def test_a_checkpoint_that_is_not_there():
         checkpoint.read("nowhere.safetensors")
 
 
-def test_the_average_is_that_of_all_steps_seen():
-    """Against the sum written out, in fp64; the average of rotations is projected."""
-    g, decay = torch.Generator().manual_seed(0), 0.8
-    rotations = [torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)]
-    others = [torch.zeros(4, dtype=torch.float64)]
-    average, seen = Average(rotations, others, decay), []
-    average.write()
-    assert torch.equal(others[0], torch.zeros(4, dtype=torch.float64))  # nothing seen, nothing changed
-    for _ in range(7):
-        a = torch.randn(2, 3, 3, generator=g, dtype=torch.float64) * 0.3
-        rotations[0].copy_(torch.linalg.matrix_exp(a - a.mT))
-        others[0].copy_(torch.randn(4, generator=g, dtype=torch.float64))
-        seen.append((rotations[0].clone(), others[0].clone()))
-        average.update()
-    shares = [(1 - decay) * decay ** (len(seen) - 1 - i) for i in range(len(seen))]
-    mean = [sum(s * pair[j] for s, pair in zip(shares, seen, strict=True)) / sum(shares) for j in (0, 1)]
-    average.write()
-    assert torch.allclose(others[0], mean[1], atol=1e-14)
-    gram = mean[0].mT @ mean[0]
-    values, vectors = torch.linalg.eigh(gram)
-    projected = mean[0] @ (vectors * values.rsqrt()[:, None, :]) @ vectors.mT
-    assert torch.allclose(rotations[0], projected, atol=1e-12) and torch.allclose(polar(projected), projected)
-
-
 def test_a_run_returns_its_average():
     run, last = new_run(ema=0.9), new_run()
     train(run, index, noisy)
@@ -245,104 +209,6 @@ def test_the_spectrum_has_a_rate_of_its_own():
     assert any(
         not torch.equal(bank, torch.eye(bank.shape[-1]).expand_as(bank)) for bank in still.parameters.rotations()
     )
-
-
-def test_schedules():
-    cosine = [share(step, 200) for step in range(200)]
-    assert cosine[0] == pytest.approx(0.1, rel=0.01) and max(cosine) > 0.98 and cosine[-1] < 1e-3
-    assert share(0, 1) == 1.0
-    linear = [share(step, 100, "linear", 0.1) for step in range(100)]
-    assert linear[4] == pytest.approx(0.5 * 0.96) and linear[50] == pytest.approx(0.5)
-    assert [share(step, 100, "constant", 0.0) for step in (0, 50, 99)] == [1.0, 1.0, 1.0]
-    assert share(0, 10, "constant", 1.0) == pytest.approx(0.1) and share(9, 10, "constant", 1.0) == 1.0
-
-
-def levels(count=8000, **kind):
-    return Timesteps(**kind).draw(count, torch.Generator().manual_seed(0))
-
-
-def test_noise_levels_follow_their_distribution():
-    even, uniform = levels(kind="even"), levels(kind="uniform")
-    assert even.sort().values.diff().max() < 1.01 / 8000 < uniform.sort().values.diff().max()
-    for drawn in (even, uniform):
-        assert drawn.mean() == pytest.approx(0.5, abs=0.02) and drawn.std() == pytest.approx(12**-0.5, abs=0.01)
-    logit = torch.logit(1 - levels(kind="logit-normal", mean=0.5, std=0.7))
-    assert logit.mean() == pytest.approx(0.5, abs=0.01) and logit.std() == pytest.approx(0.7, abs=0.01)
-    noise = (1 - levels(kind="shifted", shift=3.0)).sort().values
-    t = (torch.arange(8000, dtype=torch.float64) + 0.5) / 8000
-    assert torch.allclose(noise, 3 * t / (1 + 2 * t), atol=1e-3)
-    assert torch.allclose(levels(kind="shifted", shift=1.0), even, atol=1e-12)
-    for kind in ("even", "uniform", "logit-normal", "shifted"):
-        assert 0 < levels(kind=kind).min() and levels(kind=kind).max() < 1
-        assert torch.equal(levels(4, kind=kind), levels(4, kind=kind))
-
-
-def test_dco_is_the_formula_and_its_gradient():
-    error = torch.tensor(0.31, dtype=torch.float64, requires_grad=True)
-    value = dco(error, torch.tensor(0.3125, dtype=torch.float64), 1000.0)
-    assert float(value) == pytest.approx(-math.log(1 / (1 + math.exp(1000 * (0.31 - 0.3125)))))
-    value.backward()
-    assert float(error.grad) == pytest.approx(1000 / (1 + math.exp(-1000 * (0.31 - 0.3125))))
-    assert float(dco(error.detach(), error.detach(), 1000.0)) == pytest.approx(math.log(2))
-
-
-def test_min_snr_weights_are_the_published_ones():
-    """For a noise prediction (c = -sigma, SNR = 1 / sigma^2) and for a velocity (c^2 = sigma^2 / (sigma^2 + 1))."""
-    sigma = torch.tensor([0.05, 0.3, 1.0, 4.0, 14.0], dtype=torch.float64)
-    snr = 1 / sigma**2
-    capped = torch.tensor([min(value, 5.0) for value in snr.tolist()], dtype=torch.float64)
-    assert torch.allclose(min_snr(snr, -sigma, 5.0), capped / snr)
-    assert torch.allclose(min_snr(snr, -sigma / (sigma**2 + 1).sqrt(), 5.0), capped / (snr + 1))
-
-
-BAD = [
-    {"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}, {"warm_up": 1.5},
-    {"spectrum_rate": -1.0}, {"accumulation": 0}, {"gradient_clip": -1.0}, {"ema": 1.0}, {"checkpoint_every": 0},
-    {"min_snr_gamma": math.nan}, {"caption_dropout": 2.0}, {"noise_offset": -0.1}, {"prior_weight": -1.0},
-    {"beta": 0.0}, {"schedule": "stairs"}, {"loss": "huber"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("bad", BAD, ids=str)
-def test_settings_out_of_range(bad):
-    with pytest.raises(SodaTrainingError, match=f"{next(iter(bad))} is .*give"):
-        TrainingSettings(**bad)
-
-
-@pytest.mark.parametrize("bad", [{"kind": "odd"}, {"std": 0.0}, {"shift": math.inf}, {"mean": math.nan}], ids=str)
-def test_timesteps_out_of_range(bad):
-    with pytest.raises(SodaTrainingError, match="timesteps.*give"):
-        Timesteps(**bad)
-
-
-def alarm(level, seed, steps=600, spread=0.5):
-    """The step at which the guard gives the alarm about log errors around level(step), or None."""
-    noise, guard = random.Random(seed), Guard()
-    return next((t for t in range(steps) if guard.sees(math.exp(level(t) + noise.gauss(0, spread)))), None)
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.1, 0.5, 1.5])
-def test_the_guard_bears_noise_and_learning(spread):
-    assert not any(alarm(lambda t: -3 - t / 200, seed, spread=spread) for seed in range(40))
-
-
-@pytest.mark.parametrize(("spread", "factor"), [(0.1, 10), (0.5, 20), (1.5, 100)])
-def test_the_guard_sees_a_divergence(spread, factor):
-    """The error rises by the factor in steps 100 to 120."""
-    found = [
-        alarm(lambda t: -3 + math.log(factor) * min(1, max(0, t - 100) / 20), seed, spread=spread) for seed in range(40)
-    ]
-    assert all(t is not None and t >= 100 for t in found) and statistics.median(found) < 160
-
-
-def test_nan_is_trouble_at_once_and_the_guard_can_be_put_back():
-    guard = Guard()
-    assert guard.sees(math.nan) and guard.sees(math.inf)
-    for error in (0.5, 0.3, 0.4):
-        guard.sees(error)
-    again = Guard()
-    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert again == guard
 
 
 def test_a_diverging_run_goes_back_and_on_at_half_the_rate():
@@ -392,71 +258,3 @@ def test_a_resumed_run_goes_back_where_the_uninterrupted_one_would():
     run = new_run()
     run.load_state_dict(state[-1])
     assert train(run, index, loss) == whole and equal(numbers(run), expected)
-
-
-def layers_of(seed, kind="lq", scale=0.2):
-    """A random adapter's layers for WEIGHTS, of the form that SodaParameters gives them."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = SodaParameters(weights(), kind).layers()
-    return {
-        name: (
-            Layer(
-                kind,
-                None if layer.delta is None else torch.randn(layer.delta.shape, generator=g) * scale * 0.1,
-                tuple(torch.randn(log.shape, generator=g) * scale for log in layer.logs),
-            ),
-        )
-        for name, (layer,) in shapes.items()
-    }
-
-
-def applied(layers, kind="lq"):
-    return {name: adapt(w, layers[name], {kind: decompose(w, kind)} if kind != "none" else {})
-            for name, w in weights().items()}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", ["lq", "svd", "qr", "none"])
-def test_layers_put_in_are_the_layers_that_come_out(kind):
-    parameters, layers = SodaParameters(weights(), kind), layers_of(3, kind)
-    put(parameters, layers)
-    for name, w in applied(layers, kind).items():
-        assert torch.allclose(parameters()[name], w, atol=1e-5)
-    for name, (layer,) in parameters.layers().items():
-        for a, b in zip(layer.logs, layers[name][0].logs, strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["lq", "svd", "qr", "none"])
-def test_trained_beside_a_frozen_mix_it_does_in_the_mix_what_it_was_trained_to_do(kind):
-    """exp(A + B) is not exp(A) exp(B): the mix of the frozen adapters and the new one is the weight that was trained."""
-    one, other = Adapter(layers_of(5, kind), {}, "one"), Adapter(layers_of(6, kind), {}, "other")
-    frozen = mix([(one, 0.8), (other, -0.5)]).layers
-    run = TrainingRun(SodaParameters(weights(), kind), TrainingSettings(steps=30, learning_rate=0.03))
-    put(run.parameters, frozen)
-    beside = run.parameters.layers()
-    before = run.parameters()
-    train(run, index, noisy)
-    new = Adapter(difference(run.parameters.layers(), frozen, beside), {}, "new")
-    together = mix([(one, 0.8), (new, 1.0), (other, -0.5)]).layers
-    for name, w in applied(together, kind).items():
-        assert torch.allclose(w, run.parameters()[name], atol=2e-5)
-        assert not torch.allclose(w, before[name], atol=1e-2)
-
-
-def test_untrained_beside_a_mix_it_is_nothing():
-    parameters, frozen = SodaParameters(weights()), layers_of(5)
-    put(parameters, frozen)
-    layers = parameters.layers()
-    for (layer,) in difference(layers, frozen, layers).values():
-        assert all(part.abs().max() < 1e-6 for part in (layer.delta, *layer.logs, layer.sketch))
-
-
-def test_unlike_forms_are_refused_with_both_named():
-    parameters = SodaParameters(weights())
-    with pytest.raises(SodaTrainingError, match="a by svd .*this training by lq .*set decomposition and factors"):
-        put(parameters, layers_of(5, "svd"))
-    with pytest.raises(SodaTrainingError, match="lq .* and svd"):
-        put(parameters, added(layers_of(5), layers_of(6, "svd")))
-    both = added(layers_of(5), layers_of(6))
-    (a,), (b,), (c,) = both["a"], layers_of(5)["a"], layers_of(6)["a"]
-    assert torch.equal(a.delta, b.delta + c.delta) and torch.equal(a.logs[1], b.logs[1] + c.logs[1])
