@@ -5,75 +5,16 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
-from small_models import (
-    conditioning,
-    latents,
-    load,
-    lora,
-    pixel_vae,
-    same,
-    small_clip,
-    small_model,
-    weights,
-)  # fmt: skip
+from small_models import conditioning, latents, load, lora, pixel_vae, small_clip, small_model, weights
 from soda_pack.soda.errors import SodaTrainingError
 from soda_pack.soda.hosts.comfy import dataset
 from soda_pack.soda.hosts.comfy.batches import Batches
 from soda_pack.soda.hosts.comfy.diffusion import mean_error
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
-from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.targets import attention_weights
-from soda_pack.soda.hosts.comfy.train import train_adapter
 from soda_pack.soda.training.settings import TrainingSettings
-
-
-class Watcher(TrainingProgress):
-    """Progress without a server; `at` is called in every step."""
-
-    def __init__(self, steps, at=lambda step: None):
-        super().__init__(steps, None)
-        self.at = at
-        self.previews = []
-
-    def step(self, step, loss):
-        super().step(step, loss)
-        self.at(step)
-
-    def preview(self, step, image):
-        self.previews.append((step, image))
-
-
-def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, progress=None, rate=0.01, batch=2,
-        prompt=None, targets="all attention"):  # fmt: skip
-    samples = samples or dataset.collect([latents(3)], [conditioning()])
-    settings = TrainingSettings(steps=steps, learning_rate=rate, batch_size=batch, seed=seed)
-    with torch.inference_mode():
-        return train_adapter(
-            model, samples, settings, decomposition, factors, "subject", progress or Watcher(steps), prompt, targets
-        )
-
-
-def untouched(model, before):
-    """The model is as it was: weights, functions on modules, injections, ComfyUI's training flag."""
-    load(model)
-    assert same(before, weights(model))
-    functions = [getattr(m, "weight_function", []) for m in model.model.modules()]
-    assert not any(functions)
-    assert not model.injections and not comfy.model_management.in_training
-    assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
-    return True
-
-
-def loss_of(patcher, samples):
-    """The model's loss on fixed noise and noise levels."""
-    load(patcher)
-    with torch.inference_mode(False), torch.no_grad():
-        patcher.pre_run()
-        batches = Batches(patcher, samples, TrainingSettings(batch_size=16, seed=77))
-        value = sum(float(mean_error(patcher, batches(step).passes)) for step in range(4)) / 4
-        patcher.cleanup()
-    return value
+from training import Watcher, loss_of, run, untouched
 
 
 @pytest.mark.parametrize("decomposition", ["lq", "svd", "qr", "none"])

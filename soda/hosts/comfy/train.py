@@ -40,6 +40,7 @@ from .store import KeptRun
 
 log = logging.getLogger(__name__)
 QUARTERS = 4
+NOT_KEPT = "This run is not kept on disk"
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,8 @@ def _told(progress: TrainingProgress) -> Iterator[None]:
     try:
         yield
     except SodaFileError as error:
-        text = f"This run is not kept on disk: {error}"
-        if text not in progress.notes:
-            progress.note(text)
+        if not any(note.startswith(NOT_KEPT) for note in progress.notes):
+            progress.note(f"{NOT_KEPT}: {error}")
 
 
 class _Watch:
