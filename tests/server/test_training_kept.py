@@ -94,7 +94,7 @@ def test_killed_and_resumed_on_a_fresh_server(client, adapters, tmp_path):
     with second, Client(second) as fresh:
         shutil.copytree(tmp_path / "soda", second.base / "user" / "soda")
         texts = fresh.run(prompt).texts[node]
-        assert any("Went on from step 1" in text for text in texts)  # 10, 11 ... of the 13 and a few more taken
+        assert any("Went on from step 1" in text for text in texts), texts[:3]  # 10 to 19
     assert same(tensors(tmp_path / "loras" / "soda", "killed"), tensors(adapters, "unkilled"))
 
 
