@@ -64,7 +64,10 @@ def _spread(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class _Digest:
-    """SHA-256 over nested values. An object counts by its class and its attributes, a function by its code."""
+    """SHA-256 over nested values. An object counts by its class and its attributes, a function by its code.
+
+    Without the names of modules: ComfyUI calls a pack's by the path that it is installed in.
+    """
 
     def __init__(self) -> None:
         self.sha = hashlib.sha256()
@@ -85,8 +88,7 @@ class _Digest:
             self._within.discard(id(value))
 
     def _parts(self, value: Any) -> None:
-        kind = type(value)
-        self._say(f"{kind.__module__}.{kind.__qualname__}")
+        self._say(type(value).__qualname__)
         if isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 self._say(str(key))
@@ -96,13 +98,13 @@ class _Digest:
         elif isinstance(value, (set, frozenset)):
             self._all(sorted(value, key=str))
         elif isinstance(value, type):
-            self._say(f"{value.__module__}.{value.__qualname__}")
+            self._say(value.__qualname__)
         elif isinstance(value, torch.nn.Module):
             self.add(dict(value.state_dict()))
         elif isinstance(value, types.MethodType):
             self._all((value.__func__, value.__self__))
         elif isinstance(value, types.FunctionType):
-            self._say(f"{value.__module__}.{value.__qualname__} {value.__code__.co_code.hex()}")
+            self._say(f"{value.__qualname__} {value.__code__.co_code.hex()}")
             self._all((value.__defaults__, [cell.cell_contents for cell in value.__closure__ or ()]))
         elif isinstance(value, ModelPatcher):
             self._all((value.patches, _rest_hash(value)))
