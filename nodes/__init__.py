@@ -8,11 +8,13 @@ from .mix import SodaMix
 from .playground import SodaPlayground, SodaPlaygroundDrawings
 from .save import SodaSave
 from .train import SodaTrain
+from .train_options import SodaTrainOptions
 
 NODES: list[type[io.ComfyNode]] = [
     SodaLoader,
     SodaMix,
     SodaTrain,
+    SodaTrainOptions,
     SodaSave,
     SodaPlayground,
     SodaPlaygroundDrawings,

@@ -1,4 +1,4 @@
-"""What several nodes share: the adapter socket, the category, the strength widget's range."""
+"""What several nodes share: the sockets, the category, the strength widget's range."""
 
 from comfy_api.latest import io
 
@@ -6,6 +6,7 @@ from ..soda import metadata
 
 CATEGORY = "SODA"
 SODA_ADAPTER = io.Custom("SODA_ADAPTER")
+SODA_TRAIN_OPTIONS = io.Custom("SODA_TRAIN_OPTIONS")
 ROLES = list(metadata.ROLES)
 
 

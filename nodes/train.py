@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import io
 
 from ..soda.adapter import DECOMPOSITIONS
 from ..soda.errors import SodaTrainingError
-from ..soda.file import save
-from ..soda.hosts.comfy import dataset, folders
+from ..soda.hosts.comfy import augment, dataset
+from ..soda.hosts.comfy.chosen import AUTO, resolve
+from ..soda.hosts.comfy.options import TrainingOptions
 from ..soda.hosts.comfy.preview import SamplePrompt
 from ..soda.hosts.comfy.progress import TrainingProgress
 from ..soda.hosts.comfy.targets import TARGETS
-from ..soda.hosts.comfy.train import train_adapter
-from ..soda.training.loop import TrainingSettings
-from .sockets import CATEGORY, ROLES, SODA_ADAPTER
-
-log = logging.getLogger(__name__)
+from ..soda.hosts.comfy.train import Extras, train_or_reuse
+from ..soda.training.presets import LEARNING_RATES
+from ..soda.training.settings import TrainingSettings
+from .sockets import CATEGORY, ROLES, SODA_ADAPTER, SODA_TRAIN_OPTIONS
 
 
 class SodaTrain(io.ComfyNode):
@@ -44,11 +42,13 @@ class SodaTrain(io.ComfyNode):
                 io.Int.Input("steps", default=200, min=1, max=100000, tooltip="How many training steps to take."),
                 io.Float.Input(
                     "learning_rate",
-                    default=0.01,
-                    min=0.000001,
+                    default=0.0,
+                    min=0.0,
                     max=1.0,
                     step=0.000001,
-                    tooltip="Step size of rotation and spectrum. Lower it if the loss rises or turns NaN.",
+                    tooltip="Step size of rotation and spectrum; lower it if the loss rises. 0: by the targets ("
+                    + ", ".join(f"{rate:g} for {targets}" for targets, rate in LEARNING_RATES.items())
+                    + "), and the node says which.",
                 ),
                 io.Int.Input("batch_size", default=4, min=1, max=10000, tooltip="Images per step; more is steadier."),
                 io.Int.Input(
@@ -76,12 +76,16 @@ class SodaTrain(io.ComfyNode):
                 io.Combo.Input("role", options=ROLES, default="subject", tooltip="What it learns; kept in the file."),
                 io.Combo.Input(
                     "targets",
-                    options=list(TARGETS),
-                    default="all attention",
-                    tooltip="Which weights to train. A subject on cross-attention and a style on self-attention share "
-                    "no weight and mix best.",
+                    options=[AUTO, *TARGETS],
+                    default=AUTO,
+                    tooltip="Which weights to train. auto: cross-attention for a subject, self-attention for a style "
+                    "(they share no weight and mix best), all attention for other.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="With vae and sample_prompt: for samples on the way."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="With vae and sample_prompt: for samples on the way. Also for caption dropout.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes images; also decodes samples on the way."),
                 io.Image.Input("images", optional=True, tooltip="Images to encode with the vae when no latents come."),
                 io.String.Input(
@@ -90,6 +94,25 @@ class SodaTrain(io.ComfyNode):
                     optional=True,
                     multiline=True,
                     tooltip="Shows a sample of this prompt at every quarter of the training. Needs clip and vae.",
+                ),
+                SODA_TRAIN_OPTIONS.Input("options", optional=True, tooltip="From SODA Train Options."),
+                SODA_ADAPTER.Input(
+                    "start_from",
+                    optional=True,
+                    tooltip="An adapter to go on from: its weights are the start, its steps do not count.",
+                ),
+                io.Latent.Input(
+                    "prior_latents",
+                    optional=True,
+                    tooltip="Encoded pictures of the subject's kind (other dogs), which the model shall go on drawing.",
+                ),
+                io.Conditioning.Input("prior_positive", optional=True, tooltip="The captions of the prior pictures."),
+                io.Boolean.Input(
+                    "reuse",
+                    default=True,
+                    optional=True,
+                    tooltip="On: the same inputs give back the finished adapter at once, or go on from the last "
+                    "checkpoint. Off: train from the first step.",
                 ),
             ],
             outputs=[
@@ -103,24 +126,46 @@ class SodaTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, steps, learning_rate, batch_size, seed, decomposition, factors, role, targets,
-        latents=None, clip=None, vae=None, images=None, sample_prompt=None,
+        latents=None, clip=None, vae=None, images=None, sample_prompt=None, options=None, start_from=None,
+        prior_latents=None, prior_positive=None, reuse=None,
     ) -> io.NodeOutput:  # fmt: skip
-        clip, vae, text = (value[0] if value else None for value in (clip, vae, sample_prompt))
+        model, seed, role, targets = model[0], seed[0], role[0], targets[0]
+        clip, vae, text, start_from = (v[0] if v else None for v in (clip, vae, sample_prompt, start_from))
+        options = options[0] if options else TrainingOptions({})
         samples = dataset.collect(latents if latents is not None else dataset.encode(images, vae), positive)
+        if options.augment is not None:
+            if latents is not None:
+                raise SodaTrainingError(
+                    "augment varies images before they are encoded: wire images and vae in place of latents, or set "
+                    "augment to off in SODA Train Options."
+                )
+            samples = augment.views(samples, images, vae, options.augment, seed)
+        if (prior_latents is None) != (prior_positive is None):
+            raise SodaTrainingError(
+                "Prior pictures need captions: wire both prior_latents and prior_positive, or none."
+            )
         prompt = None
         if text:
             if clip is None or vae is None:
                 raise SodaTrainingError("sample_prompt needs a clip and a vae to show samples: wire both, or empty it.")
-            prompt = SamplePrompt(clip, vae, text, seed[0])
+            prompt = SamplePrompt(clip, vae, text, seed)
+        progress = TrainingProgress(steps[0], cls.hidden.unique_id)
+        targets = resolve(model, targets, role)
+        rate = learning_rate[0]
+        if not rate:
+            rate = LEARNING_RATES.get(targets, LEARNING_RATES["all attention"])
+            progress.note(f"Trains {targets} at the learning rate {rate:g}.")
         settings = TrainingSettings(
-            steps=steps[0], learning_rate=learning_rate[0], batch_size=batch_size[0], seed=seed[0]
+            steps=steps[0], learning_rate=rate, batch_size=batch_size[0], seed=seed, **options.settings
         )
-        progress = TrainingProgress(settings.steps, cls.hidden.unique_id)
-        adapter, losses = train_adapter(
-            model[0], samples, settings, decomposition[0], factors[0], role[0], progress, prompt, targets[0]
+        extras = Extras(
+            layers=options.layers,
+            start_from=start_from,
+            prior=dataset.collect(prior_latents, prior_positive) if prior_latents is not None else (),
+            empty=dataset.empty_caption(clip) if settings.caption_dropout and clip is not None else None,
         )
-        # ComfyUI may drop a result from its cache under memory pressure, and hours of training with it.
-        path = folders.autosave_path()
-        save(adapter, path)
-        log.info("SODA Train: until ComfyUI restarts the adapter is also kept in %s", path)
-        return io.NodeOutput(adapter, {"loss": losses}, settings.steps)
+        adapter, losses = train_or_reuse(
+            model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
+            reuse[0] if reuse else True,
+        )  # fmt: skip
+        return io.NodeOutput(adapter, {"loss": losses}, len(losses))

@@ -18,9 +18,11 @@ from torch.func import functional_call
 from soda.adapt import adapt
 from soda.adapter import Adapter
 from soda.decomposition import Basis, decompose
-from soda.training.loop import TrainingSettings, schedule
 from soda.training.loop import train as train_soda
 from soda.training.parameters import SodaParameters
+from soda.training.run import Losses, TrainingRun
+from soda.training.schedule import share
+from soda.training.settings import TrainingSettings
 
 from .concepts import SUBJECTS, concept_scenes, training_set
 from .drawing import draw
@@ -101,14 +103,15 @@ class Bench:
         if run.method != "full":
             targets = {key: w for key, w in self.base.items() if TARGETS[run.kind] in key}
             parameters = SodaParameters(targets, run.method)
-            train_soda(parameters, loss, TrainingSettings(run.steps, run.rate, run.batch, seed), lambda *_: None)
+            settings = TrainingSettings(run.steps, run.rate, run.batch, seed)
+            train_soda(TrainingRun(parameters, settings), lambda step: step, lambda w, i: Losses(*[loss(w, i)] * 2))
             with torch.no_grad():
                 return parameters(), Adapter(parameters.layers(), {"soda.role": run.kind}, run.concept)
         weights = {key: w.clone().requires_grad_() for key, w in self.base.items()}
         optimizer = torch.optim.AdamW(weights.values(), lr=run.rate, weight_decay=0.0)
         for step in range(run.steps):
             for group in optimizer.param_groups:
-                group["lr"] = run.rate * schedule(step, run.steps)
+                group["lr"] = run.rate * share(step, run.steps)
             optimizer.zero_grad()
             loss(weights, step).backward()
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)

@@ -1,84 +1,75 @@
-"""The training loop: StiefelAdam on the rotations, AdamW on the spectra, one loss per step.
-
-Both rates rise linearly over the first 5 % of the steps and fall to 0 along a half cosine: short runs end in a rest.
-"""
+"""The training loop: steps until the last one or until asked to stop, checkpoints on the way and at any end."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from ..errors import SodaTrainingError
-from ..stiefel import StiefelAdam
-from .parameters import SodaParameters
+from .run import Diverged, Losses, TrainingRun
 
-WARM_UP = 0.05
-MAX_GRADIENT_NORM = 1.0
+Batch = TypeVar("Batch")
+Keep = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """A run's settings. Rates are per step, in radians for the factors and in units of the spectrum for the deltas;
-    1e-2 suits runs of some hundred steps (the paper's 5e-5 is for thousands)."""
+class Progress(Protocol):
+    """Whoever watches a run."""
 
-    steps: int = 200
-    learning_rate: float = 1e-2
-    batch_size: int = 4
-    seed: int = 0
+    def step(self, step: int, loss: float) -> None:
+        """After each step, counted from 0. A run that went back counts on from there."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise SodaTrainingError(f"{name} is {getattr(self, name)}; give at least {least}")
-        if not 0 < self.learning_rate < math.inf:
-            raise SodaTrainingError(f"learning_rate is {self.learning_rate}; give a positive number, such as 0.01")
+    def note(self, text: str) -> None:
+        """A sentence for the user."""
+
+    def stop_requested(self) -> bool:
+        """Asked once per step; True ends the training with the weights as they are."""
 
 
-def schedule(step: int, steps: int) -> float:
-    """The share of the learning rate at `step`, counted from 0."""
-    warm = max(1, round(WARM_UP * steps))
-    rise = min(1.0, (step + 1) / warm)
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+class Unwatched:
+    """Runs to its end in silence."""
+
+    def step(self, step: int, loss: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def stop_requested(self) -> bool:
+        return False
 
 
 def train(
-    parameters: SodaParameters,
-    loss_fn: Callable[[Mapping[str, Tensor], int], Tensor],
-    settings: TrainingSettings,
-    on_step: Callable[[int, float], None],
+    run: TrainingRun,
+    batch_of: Callable[[int], Batch],
+    losses_of: Callable[[Mapping[str, Tensor], Batch], Losses],
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> list[float]:
-    """Train `parameters` in place; returns the loss of every step.
+    """Take `run` on to its last step; returns the loss of every step. The parameters end as the run's average, if any.
 
-    `loss_fn(weights, step)` gives the scalar loss under the adapted weights; `on_step(step, loss)` is told after each
-    step. Whatever either raises passes through. A loss or gradient that is not finite raises SodaTrainingError.
+    `batch_of` and `losses_of` as in `TrainingRun.advance`. `keep(state)` is handed the run's state every
+    `checkpoint_every` steps, and when the run is stopped, interrupted or fails, whose exception then passes through.
+    Raises `Diverged`.
     """
-    optimizers: list[torch.optim.Optimizer] = []
-    if parameters.rotations():
-        optimizers.append(StiefelAdam(parameters.rotations(), lr=settings.learning_rate))
-    if parameters.spectra():
-        optimizers.append(torch.optim.AdamW(parameters.spectra(), lr=settings.learning_rate, weight_decay=0.0))
-    trained = [*parameters.rotations(), *parameters.spectra()]
-    losses = []
-    for step in range(settings.steps):
-        loss = loss_fn(parameters(), step)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * schedule(step, settings.steps)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
-        value = loss.item()
-        if not (math.isfinite(value) and math.isfinite(norm.item())):
-            raise SodaTrainingError(
-                f"the loss is {value} and its gradient {norm.item()} at step {step + 1} of {settings.steps}; lower the "
-                f"learning rate ({settings.learning_rate:g}) or check the training images"
-            )
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(value)
-        on_step(step, value)
-    return losses
+    settings, progress = run.settings, progress or Unwatched()
+    try:
+        while run.step < settings.steps:
+            trouble = run.advance(batch_of, losses_of)
+            if trouble:
+                progress.note(run.retreat(trouble))
+                continue
+            progress.step(run.step - 1, run.losses[-1])
+            if progress.stop_requested():
+                break
+            if keep is not None and run.step % settings.checkpoint_every == 0 and run.step < settings.steps:
+                keep(run.state_dict())
+    except Diverged:
+        raise
+    except BaseException:
+        if keep is not None:
+            keep(run.state_dict())
+        raise
+    if keep is not None and run.step < settings.steps:
+        keep(run.state_dict())
+    if run.average is not None:
+        run.average.write()
+    return run.losses

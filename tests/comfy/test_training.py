@@ -5,74 +5,16 @@ from __future__ import annotations
 import comfy.model_management
 import pytest
 import torch
-from small_models import (
-    adapter,
-    conditioning,
-    latents,
-    load,
-    lora,
-    pixel_vae,
-    same,
-    small_clip,
-    small_model,
-    weights,
-)  # fmt: skip
+from small_models import conditioning, latents, load, lora, pixel_vae, small_clip, small_model, weights
 from soda_pack.soda.errors import SodaTrainingError
 from soda_pack.soda.hosts.comfy import dataset
-from soda_pack.soda.hosts.comfy.diffusion import DiffusionLoss
+from soda_pack.soda.hosts.comfy.batches import Batches
+from soda_pack.soda.hosts.comfy.diffusion import mean_error
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
-from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.targets import attention_weights
-from soda_pack.soda.hosts.comfy.train import train_adapter
-from soda_pack.soda.training.loop import TrainingSettings
-
-
-class Watcher(TrainingProgress):
-    """Progress without a server; `at` is called in every step."""
-
-    def __init__(self, steps, at=lambda step: None):
-        super().__init__(steps, None)
-        self.at = at
-        self.previews = []
-
-    def step(self, step, loss):
-        super().step(step, loss)
-        self.at(step)
-
-    def preview(self, step, image):
-        self.previews.append((step, image))
-
-
-def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, progress=None, rate=0.01, batch=2,
-        prompt=None, targets="all attention"):  # fmt: skip
-    samples = samples or dataset.collect([latents(3)], [conditioning()])
-    settings = TrainingSettings(steps=steps, learning_rate=rate, batch_size=batch, seed=seed)
-    with torch.inference_mode():
-        return train_adapter(
-            model, samples, settings, decomposition, factors, "subject", progress or Watcher(steps), prompt, targets
-        )
-
-
-def untouched(model, before):
-    """The model is as it was: weights, functions on modules, injections, ComfyUI's training flag."""
-    load(model)
-    assert same(before, weights(model))
-    functions = [getattr(m, "weight_function", []) for m in model.model.modules()]
-    assert not any(functions)
-    assert not model.injections and not comfy.model_management.in_training
-    assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
-    return True
-
-
-def loss_of(patcher, samples):
-    """The model's loss on fixed noise and noise levels."""
-    load(patcher)
-    with torch.inference_mode(False), torch.no_grad():
-        patcher.pre_run()
-        value = sum(float(DiffusionLoss(patcher, samples, 16, 77)(step)) for step in range(4)) / 4
-        patcher.cleanup()
-    return value
+from soda_pack.soda.training.settings import TrainingSettings
+from training import Watcher, loss_of, run, untouched
 
 
 @pytest.mark.parametrize("decomposition", ["lq", "svd", "qr", "none"])
@@ -114,7 +56,7 @@ def test_loss_is_that_of_the_models_own_prediction(v_prediction):
     load(model)
     with torch.inference_mode(False), torch.no_grad():
         model.pre_run()
-        loss = DiffusionLoss(model, samples, 1, 5)
+        (part,) = Batches(model, samples, TrainingSettings(batch_size=1, seed=5))(3).passes
         network = model.model.diffusion_model.forward
 
         def spy(x, t, **kwargs):
@@ -123,24 +65,14 @@ def test_loss_is_that_of_the_models_own_prediction(v_prediction):
 
         model.model.diffusion_model.forward = spy
         try:
-            value = float(loss(3))
+            value = float(mean_error(model, [part]))
         finally:
             del model.model.diffusion_model.forward
             model.cleanup()
-        sigma = loss._sigmas(1, _generator_after_noise(loss, 3))
-        x0 = loss.latents[0]
-        noise = (seen["x"] * (sigma**2 + 1).sqrt() - x0) / sigma
-        alpha = 1 / (sigma**2 + 1).sqrt()
-        target = alpha * noise - sigma * alpha * x0 if v_prediction else noise
-        assert value == pytest.approx(float((seen["out"] - target).square().mean()), rel=2e-3)
-
-
-def _generator_after_noise(loss, step):
-    """The step's generator, advanced to where noise levels are drawn."""
-    generator = torch.Generator().manual_seed(loss.seed * 1_000_003 + step)
-    batch = dataset.draw(loss.groups, loss.batch_size, generator)
-    torch.randn(torch.cat([loss.latents[i] for i in batch]).shape, generator=generator)
-    return generator
+    alpha, sigma, x0 = 1 / (part.sigma**2 + 1).sqrt(), part.sigma, samples[0].latent * 0.18215
+    noise = (seen["x"] / alpha - x0) / sigma
+    target = alpha * noise - sigma * alpha * x0 if v_prediction else noise
+    assert value == pytest.approx(float((seen["out"] - target).square().mean()), rel=2e-3)
 
 
 def test_sizes_and_caption_lengths_may_differ():
@@ -207,13 +139,6 @@ def test_wrong_data_is_named():
         dataset.collect([{"samples": torch.full((1, 4, 8, 8), float("nan"))}], [conditioning()])
     with pytest.raises(SodaTrainingError, match="wire latents, or images"):
         dataset.encode(None, None)
-
-
-def test_a_model_with_a_soda_adapter_is_refused():
-    model = small_model()
-    patched, _, _ = apply(model, [(adapter(model), 1.0)])
-    with pytest.raises(SodaTrainingError, match="already carries a SODA adapter"):
-        run(patched)
 
 
 def test_batches_use_every_sample_before_any_twice():

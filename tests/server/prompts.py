@@ -58,6 +58,14 @@ class Playground:
                     "role": "subject", "targets": "all attention", "sample_prompt": ""}  # fmt: skip
         return self.prompt.add("SodaTrain", model=self.model, positive=positive, **{**settings, **values})
 
+    def options(self, **values: object) -> tuple[str, int]:
+        """SODA Train Options, as they stand but for `values`; those of a nested choice as `"loss.beta"`."""
+        settings = {"loss": "plain", "min_snr_gamma": 0.0, "timesteps": "even", "caption_dropout": 0.0,
+                    "noise_offset": 0.0, "schedule": "cosine", "warm_up": 0.05, "spectrum_rate": 1.0,
+                    "accumulation": 1, "gradient_clip": 1.0, "ema": 0.0, "prior_weight": 1.0, "checkpoint_every": 100,
+                    "layers": "", "augment": "off"}  # fmt: skip
+        return (self.prompt.add("SodaTrainOptions", **{**settings, **values}), 0)
+
     def save(self, adapter: tuple[str, int], prefix: str) -> str:
         return self.prompt.add("SodaSave", adapter=adapter, filename_prefix=prefix, trigger_words="sks")
 

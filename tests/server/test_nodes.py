@@ -12,6 +12,7 @@ NODES = {
     "SodaLoader": "SODA Loader",
     "SodaMix": "SODA Mix",
     "SodaTrain": "SODA Train",
+    "SodaTrainOptions": "SODA Train Options",
     "SodaSave": "SODA Save",
     "SodaPlayground": "SODA Playground",
     "SodaPlaygroundDrawings": "SODA Playground Drawings",

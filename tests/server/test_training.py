@@ -157,15 +157,6 @@ def test_as_many_captions_as_images(client, base_unchanged):
     assert "3" in message and "caption" in message
 
 
-def test_training_on_a_model_that_carries_an_adapter_is_refused(client, subject, base_unchanged):
-    prompt = Prompt()
-    playground = Playground(prompt)
-    playground.model = (playground.load(subject), 0)
-    latents, positive = playground.drawings()
-    playground.save((playground.train(positive, latents=latents), 0), "on_top")
-    assert "SODA Loader" in failure(client, prompt, "SodaTrain")
-
-
 def test_a_prefix_that_leaves_the_output_folder_is_refused(client, server, base_unchanged):
     prompt, playground, node = training(seed=61)
     playground.save((node, 0), "../../../escaped")

@@ -50,6 +50,11 @@ def encode(images: Sequence[torch.Tensor] | None, vae) -> list[dict]:
     return [{"samples": vae.encode(image[:, :, :, :3])} for image in images]
 
 
+def empty_caption(clip) -> list:
+    """The caption "" as ComfyUI encodes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
+
+
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:
     """Indices of samples of one latent shape, for every shape, in the order of first appearance."""
     by_shape: dict[tuple, list[int]] = {}

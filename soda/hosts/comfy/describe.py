@@ -11,9 +11,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...adapter import Adapter, Decomposition
-from ...fingerprint import base_hash
+from ...fingerprint import joint_hash
 from ...metadata import describe, label
-from ...training.loop import TrainingSettings
+from ...training.settings import TrainingSettings
 from .dataset import Sample
 from .preview import image_of
 
@@ -58,9 +58,9 @@ def thumbnail_jpeg(image: torch.Tensor) -> bytes:
 
 def training_metadata(
     patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, targets: str, weights: Mapping[str, torch.Tensor],
+    factors: int, role: str, targets: str, hashes: Mapping[str, str],
 ) -> dict[str, str]:  # fmt: skip
-    """Metadata of a freshly trained adapter; `weights` are the base weights it was trained on, by layer."""
+    """Metadata of a freshly trained adapter; `hashes` are those of the base weights it was trained on, by layer."""
     training = {
         **asdict(settings),
         "decomposition": decomposition,
@@ -74,7 +74,7 @@ def training_metadata(
         role=role,
         architecture=architecture(patcher),
         base_model=base_name(patcher),
-        base_hash=base_hash(weights),
+        base_hash=joint_hash(hashes),
         training=training,
     )
 

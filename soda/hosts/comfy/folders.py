@@ -5,8 +5,6 @@ where SODA Save writes, and the adapters that the pack brings along for its play
 from __future__ import annotations
 
 import os
-import time
-import uuid
 from pathlib import Path
 
 import folder_paths
@@ -52,13 +50,6 @@ def fingerprint(name: str) -> str:
         return f"{name} is missing"
     status = os.stat(path)
     return f"{path} {status.st_size} {status.st_mtime_ns}"
-
-
-def autosave_path() -> str:
-    """A new path in ComfyUI's temporary folder for an adapter just trained; it lasts until ComfyUI restarts."""
-    folder = os.path.join(folder_paths.get_temp_directory(), FOLDER)
-    os.makedirs(folder, exist_ok=True)
-    return os.path.join(folder, f"trained_{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}.safetensors")
 
 
 def next_save_path(prefix: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import comfy.utils
 from PIL import Image
@@ -26,6 +27,7 @@ class TrainingProgress:
         self._text, self._log = Throttle(0.25), Throttle(2.0)
         self._start = time.monotonic()
         self._paused = 0.0
+        self._restored = 0
         self._loss: float | None = None
 
     def step(self, step: int, loss: float) -> None:
@@ -34,12 +36,22 @@ class TrainingProgress:
         done = step + 1
         self._bar.update_absolute(done, self.steps)
         last = done == self.steps
+        fresh = max(1, done - self._restored)
         spent = time.monotonic() - self._start - self._paused
-        line = f"step {done}/{self.steps}, loss {self._loss:.4f}, {duration(spent / done * (self.steps - done))} left"
+        line = f"step {done}/{self.steps}, loss {self._loss:.4f}, {duration(spent / fresh * (self.steps - done))} left"
         if self._text.ready() or last:
             send("\n".join([line, *self.notes]), self.node_id)
         if self._log.ready() or last:
             log.info("SODA Train: %s", line)
+
+    def restore(self, losses: Sequence[float]) -> None:
+        """The steps of an earlier run, whose time does not count."""
+        for step, loss in enumerate(losses):
+            self.step(step, loss)
+        self._restored, self._start = len(losses), time.monotonic()
+
+    def stop_requested(self) -> bool:
+        return False
 
     def preview(self, step: int, image: Image.Image) -> None:
         self._bar.update_absolute(step + 1, self.steps, ("JPEG", image, LARGEST))

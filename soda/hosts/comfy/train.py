@@ -7,77 +7,236 @@ ends, fails or is interrupted.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...adapter import Adapter, Decomposition
-from ...errors import SodaTrainingError
-from ...training.loop import TrainingSettings
-from ...training.loop import train as run_loop
+from ...adapter import Adapter, Decomposition, Layer
+from ...errors import SodaFileError, SodaTrainingError
+from ...training.layers import added, difference, put
+from ...training.loop import train
 from ...training.parameters import SodaParameters
-from .base import unpatched
+from ...training.run import Diverged, TrainingRun
+from ...training.settings import TrainingSettings
+from .base import layer_weight
+from .batches import Batches
+from .beside import take_off
+from .chosen import chosen_weights, resolve
 from .dataset import Sample
 from .describe import training_metadata
-from .diffusion import DiffusionLoss
+from .diffusion import DiffusionLosses, transformer_options
+from .identity import layer_hashes, run_hash
 from .inject import Injection
-from .patch import attached
 from .preview import SamplePrompt, sample
 from .progress import TrainingProgress
-from .targets import attention_weights
+from .store import KeptRun
 
 log = logging.getLogger(__name__)
 QUARTERS = 4
+NOT_KEPT = "This run is not kept on disk"
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a training may have beside its samples.
+
+    layers: a pattern over layer names, "" for all. start_from: the adapter whose weights it starts with. prior: samples
+    on which the model shall stay as it is. empty: the empty caption, for caption dropout.
+    """
+
+    layers: str = ""
+    start_from: Adapter | None = None
+    prior: Sequence[Sample] = ()
+    empty: list | None = None
+
+
+def train_or_reuse(
+    model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
+    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
+    targets: str = "all attention", extras: Extras = Extras(), reuse: bool = True,
+) -> tuple[Adapter, list[float]]:  # fmt: skip
+    """`train_adapter`, whose run is kept on disk under a hash of all its inputs.
+
+    With `reuse` the same inputs give back the finished adapter, or go on from the last checkpoint. Both are said on
+    the node.
+    """
+    targets = resolve(model, targets, role)
+    layers = chosen_weights(model, targets, extras.layers)
+    kept = KeptRun(run_hash(model, layers, samples, settings, decomposition, factors, role, extras))
+    found = kept.finished() if reuse else None
+    if found is not None:
+        progress.note("The same inputs were trained before: this is that adapter. Turn reuse off to train anew.")
+        progress.restore(found[1])
+        return found
+    adapter, losses = train_adapter(
+        model, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept, reuse
+    )
+    if len(losses) < settings.steps:
+        progress.note(f"Stopped after step {len(losses)} of {settings.steps}; the adapter is as it was then.")
+    else:
+        with _told(progress):
+            kept.finish(adapter, losses)
+    return adapter, losses
 
 
 def train_adapter(
     model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
     factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
-    targets: str = "all attention",
+    targets: str = "all attention", extras: Extras = Extras(), kept: KeptRun | None = None, resume: bool = False,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
-    """(adapter, loss of every step); `targets` is a key of `targets.TARGETS`.
+    """(adapter, loss of every step); `targets` is a key of `targets.TARGETS`, or `auto`.
 
-    The same inputs and seed give the same tensors on a CPU.
+    The same inputs and seed give the same tensors on a CPU, also where the run was interrupted and resumed: with
+    `kept` it leaves checkpoints, with `resume` it goes on from the last one.
 
-    LoRA patches on the model stay active while it trains. SODA patches are refused: two SODA adapters act through one
-    mix, in which the new one would not do what it was trained to do.
+    LoRA patches on the model stay active while it trains, and so do SODA adapters: the new one is trained as one more
+    part of their mix (see `beside`). Raises SodaTrainingError for what cannot be trained, a run that diverged, and
+    where memory runs out.
     """
-    if attached(model):
-        raise SodaTrainingError(
-            "The model already carries a SODA adapter. Wire the model that comes before SODA Loader or SODA Mix "
-            "into SODA Train, and combine the two adapters afterwards with SODA Mix."
+    try:
+        return _train(
+            model, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept, resume
         )
-    keys = attention_weights(model, targets)
+    except torch.OutOfMemoryError:
+        pass  # and with the exception go the tensors that its frames hold
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+    sizes = " and ".join(sorted({"x".join(map(str, s.latent.shape[2:])) for s in samples}))
+    raise SodaTrainingError(
+        f"The memory of {model.load_device} is not enough for batches of {settings.batch_size} at latent size {sizes}. "
+        "Lower batch_size (and raise accumulation in SODA Train Options instead), use smaller images, or close what "
+        "else uses this device. The model is as it was; with reuse on, the same inputs go on from the last step."
+    )
+
+
+def _train(
+    model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
+    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None, targets: str, extras: Extras,
+    kept: KeptRun | None, resume: bool,
+) -> tuple[Adapter, list[float]]:  # fmt: skip
+    if settings.caption_dropout and extras.empty is None:
+        raise SodaTrainingError("caption_dropout needs the empty caption: wire a clip into SODA Train, or set it to 0.")
+    targets = resolve(model, targets, role)
+    keys = chosen_weights(model, targets, extras.layers)
     patcher = _trainable_clone(model)
-    comfy.model_management.load_models_gpu([patcher], _memory(patcher, samples, settings), force_full_load=True)
+    frozen = take_off(patcher, keys)
+    memory = _memory(patcher, samples, settings) + (_memory(patcher, extras.prior, settings) if extras.prior else 0)
+    comfy.model_management.load_models_gpu([patcher], memory, force_full_load=True)
     # Nodes run under inference mode, whose tensors know no gradients.
     with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
-        weights = {layer: unpatched(patcher, key).to(torch.float32) for layer, key in keys.items()}
+        weights = {layer: layer_weight(patcher, layer).to(torch.float32) for layer in keys}
         weights = {layer: w.clone() if w.is_inference() else w for layer, w in weights.items()}
         parameters = SodaParameters(weights, decomposition, factors).to(patcher.load_device)
-        loss = DiffusionLoss(patcher, samples, settings.batch_size, settings.seed)
+        reference, beside = _start(parameters, weights, frozen, extras.start_from)
+        batches = Batches(patcher, samples, settings, extras.empty, extras.prior)
+        run = TrainingRun(parameters, settings)
+        if kept is not None and resume:
+            _resume(run, kept, progress)
         with Injection(patcher, keys) as injection:
+            transformer_options(patcher)
 
-            def loss_fn(adapted: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+            def batch_of(index: int):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                injection.weights = adapted
-                return loss(step)
+                return batches(index)
 
-            def on_step(step: int, value: float) -> None:
-                progress.step(step, value)
-                if prompt is not None and _quarter_done(step, settings.steps):
-                    with torch.no_grad():
-                        injection.weights = parameters()
-                    _show_sample(patcher, prompt, samples, step, progress)
+            def keep(state: dict[str, Any]) -> None:
+                with _told(progress):
+                    kept.keep(state)
 
-            losses = run_loop(parameters, loss_fn, settings, on_step)
-        layers = parameters.layers()
-    metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, weights)
+            watch = _Watch(progress, run, injection, patcher, prompt, samples)
+            losses_of = DiffusionLosses(patcher, injection, settings, reference)
+            try:
+                losses = train(run, batch_of, losses_of, watch, keep if kept is not None else None)
+            except Diverged as error:
+                raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
+        layers = difference(parameters.layers(), frozen, beside)
+    hashes = layer_hashes(model, keys)
+    metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, hashes)
     return Adapter(layers, metadata, "trained adapter"), losses
+
+
+def _start(
+    parameters: SodaParameters, weights: dict[str, torch.Tensor], frozen: dict[str, tuple[Layer, ...]],
+    start_from: Adapter | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[Layer, ...]]]:  # fmt: skip
+    """Set the parameters to the frozen adapters and the one to go on from.
+
+    Returns what the frozen ones alone give: the weights, and the layers.
+    """
+    reference, beside = weights, {}
+    if frozen:
+        put(parameters, frozen)
+        beside = parameters.layers()
+        with torch.no_grad():
+            reference = {name: w.clone() for name, w in parameters().items()}
+    if start_from is not None:
+        outside = [name for name in start_from.layers if name not in weights]
+        if outside:
+            raise SodaTrainingError(
+                f"start_from is an adapter of {len(start_from.layers)} layers, of which {len(outside)} are not trained "
+                f"here (first {outside[0]}). Choose targets and layers that hold all of them."
+            )
+        put(parameters, added(frozen, start_from.layers) if frozen else start_from.layers)
+    return reference, beside
+
+
+def _resume(run: TrainingRun, kept: KeptRun, progress: TrainingProgress) -> None:
+    try:
+        state = kept.checkpoint()
+    except SodaFileError as error:
+        progress.note(f"Training starts at the first step: {error}")
+        return
+    if state is not None:
+        run.load_state_dict(state)
+        progress.restore(run.losses)
+        progress.note(f"Went on from step {run.step} of a run with the same inputs that had not ended.")
+
+
+def _last_good(run: TrainingRun, kept: KeptRun | None) -> str:
+    """Keeps the adapter of a run that diverged; where, as the end of a sentence on it."""
+    if kept is None:
+        return "."
+    kept.drop_checkpoint()
+    if not run.step:
+        return "."
+    path = kept.keep_last_good(Adapter(run.parameters.layers(), {}, "last good"))
+    return f". The adapter as it was after step {run.step} is kept in {path}."
+
+
+@contextlib.contextmanager
+def _told(progress: TrainingProgress) -> Iterator[None]:
+    """What cannot be written to disk is said on the node: it is no reason to lose a training."""
+    try:
+        yield
+    except SodaFileError as error:
+        if not any(note.startswith(NOT_KEPT) for note in progress.notes):
+            progress.note(f"{NOT_KEPT}: {error}")
+
+
+class _Watch:
+    """The node's progress as a run sees it, with samples on the way."""
+
+    def __init__(
+        self, progress: TrainingProgress, run: TrainingRun, injection: Injection, patcher: ModelPatcher,
+        prompt: SamplePrompt | None, samples: Sequence[Sample],
+    ):  # fmt: skip
+        self.progress, self.run, self.injection, self.patcher = progress, run, injection, patcher
+        self.prompt, self.samples = prompt, samples
+        self.note, self.stop_requested = progress.note, progress.stop_requested
+
+    def step(self, step: int, loss: float) -> None:
+        self.progress.step(step, loss)
+        if self.prompt is not None and _quarter_done(step, self.run.settings.steps):
+            with torch.no_grad(), self.run.settled():
+                self.injection.weights = self.run.parameters()
+            _show_sample(self.patcher, self.prompt, self.samples, step, self.progress)
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:

@@ -1,0 +1,150 @@
+"""A step's batch: everything that is drawn at random, and what follows from it, as tensors on the model's device.
+
+All numbers are drawn on the CPU from a generator of the seed and the batch's index alone, so that a run can go on
+from any step, and devices agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...training.objective import min_snr
+from ...training.settings import TrainingSettings
+from .dataset import Sample, buckets, draw
+
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Samples alike in shape and condition, for one forward; `(B, ...)`.
+
+    x: the noisy latent, x0 the clean one. sigma `(B,)`: the noise levels. c, weight `(B, 1 ...)`: the output's factor
+    in the denoised sample, and the weight of its squared error. share: of the whole batch.
+    """
+
+    x: torch.Tensor
+    x0: torch.Tensor
+    sigma: torch.Tensor
+    c: torch.Tensor
+    weight: torch.Tensor
+    condition: dict
+    share: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The passes of one batch, and those on prior data, if there is any."""
+
+    passes: list[Pass]
+    prior: list[Pass]
+
+
+class Batches:
+    """batches(i) is batch i of a run on a loaded model. Made and called outside inference mode.
+
+    `empty` is the caption that caption dropout puts in a sample's place. Samples and captions stay on the device.
+    """
+
+    def __init__(
+        self, patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, empty: list | None = None,
+        prior: Sequence[Sample] = (),
+    ):  # fmt: skip
+        self.settings = settings
+        self.data = _Data(patcher, samples, settings, empty)
+        self.prior = _Data(patcher, prior, settings, empty) if prior else None
+
+    def __call__(self, index: int) -> Batch:
+        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + index) % SEED_LIMIT)
+        passes = self.data.passes(generator)
+        return Batch(passes, [] if self.prior is None else self.prior.passes(generator))
+
+
+class _Data:
+    """Samples as the model takes them, and the passes drawn from them."""
+
+    def __init__(
+        self, patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, empty: list | None
+    ):
+        self.model, self.device, self.settings = patcher.model, patcher.load_device, settings
+        self.groups = buckets(samples)
+        self.latents = [self.model.process_latent_in(s.latent.float()).to(self.device) for s in samples]
+        self._known: dict[tuple, dict] = {}
+        self.conditions = [self._condition(s.caption, x) for s, x in zip(samples, self.latents, strict=True)]
+        if settings.caption_dropout and empty is not None:
+            self.empty = [self._condition(empty, latent) for latent in self.latents]
+
+    def passes(self, generator: torch.Generator) -> list[Pass]:
+        settings, sampling = self.settings, self.model.model_sampling
+        batch = draw(self.groups, settings.batch_size, generator)
+        x0 = torch.cat([self.latents[i] for i in batch])
+        noise = torch.randn(x0.shape, generator=generator)
+        levels = settings.timesteps.draw(len(batch), generator).tolist()
+        sigma = torch.tensor([float(sampling.percent_to_sigma(p)) for p in levels], device=self.device)
+        conditions = [self.conditions[i] for i in batch]
+        if settings.caption_dropout:
+            dropped = torch.rand(len(batch), generator=generator) < settings.caption_dropout
+            conditions = [self.empty[i] if d else c for i, d, c in zip(batch, dropped, conditions, strict=True)]
+        if settings.noise_offset:
+            shared = torch.randn(*x0.shape[:2], *(1 for _ in x0.shape[2:]), generator=generator)
+            noise = noise + settings.noise_offset * shared
+        noise = noise.to(self.device)
+        return [
+            self._pass(x0[rows], noise[rows], sigma[rows], [conditions[row] for row in rows], len(batch))
+            for rows in _alike(conditions)
+        ]
+
+    def _pass(
+        self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], count: int
+    ) -> Pass:
+        sampling = self.model.model_sampling
+        one = torch.ones_like(x0.flatten(1)[:, :1]).view(-1, *(1 for _ in x0.shape[1:]))
+        zero = torch.zeros_like(one)
+        c = sampling.calculate_denoised(sigma, one, zero) - sampling.calculate_denoised(sigma, zero, zero)
+        weight = one
+        if self.settings.min_snr_gamma:
+            signal, noisy = sampling.noise_scaling(sigma, zero, one), sampling.noise_scaling(sigma, one, zero)
+            weight = min_snr((signal / noisy).square(), c, self.settings.min_snr_gamma)
+        x = sampling.noise_scaling(sigma, noise, x0)
+        return Pass(x, x0, sigma, c, weight, comfy.samplers.cond_cat(conditions), len(x0) / count)
+
+    def _condition(self, caption: list, latent: torch.Tensor) -> dict:
+        """What the model is conditioned on; computed once per caption and latent shape."""
+        key = (id(caption), tuple(latent.shape))
+        if key not in self._known:
+            conds = {"positive": comfy.sampler_helpers.convert_cond([caption])}
+            noise = torch.zeros_like(latent)
+            conds = comfy.samplers.process_conds(self.model, noise, conds, self.device, latent, seed=self.settings.seed)
+            encoded = conds["positive"][0]["model_conds"]
+            self._known[key] = {
+                name: _trainable(value.process_cond(batch_size=1, area=None)) for name, value in encoded.items()
+            }
+        return self._known[key]
+
+
+def _alike(conditions: Sequence[dict]) -> list[list[int]]:
+    """Rows of the batch whose conditions fit into one forward."""
+    groups: list[list[int]] = []
+    for row, condition in enumerate(conditions):
+        for group in groups:
+            if comfy.samplers.cond_equal_size(conditions[group[0]], condition):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def _trainable(value):
+    """A COND object whose tensors may be saved for a backward pass."""
+    if isinstance(value.cond, torch.Tensor) and value.cond.is_inference():
+        return value._copy_with(value.cond.clone())
+    if isinstance(value.cond, list):
+        return value._copy_with([t.clone() if isinstance(t, torch.Tensor) else t for t in value.cond])
+    return value

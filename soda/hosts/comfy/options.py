@@ -1,0 +1,24 @@
+"""What travels on a SODA_TRAIN_OPTIONS socket."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...training.settings import TrainingSettings
+from .augment import Augment
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """settings: fields of `TrainingSettings` by name. layers: a pattern over layer names, "" for all.
+
+    Raises SodaTrainingError for settings out of range.
+    """
+
+    settings: Mapping[str, object]
+    layers: str = ""
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        TrainingSettings(**self.settings)

@@ -1,0 +1,182 @@
+"""A training run: parameters, optimizers and all that a step leaves behind, to go on from or back to."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import SodaTrainingError
+from ..stiefel import StiefelAdam
+from .average import Average
+from .guard import Guard
+from .parameters import SodaParameters
+from .schedule import share
+from .settings import TrainingSettings
+
+KEEP_EVERY = 10  # steps between the states that a diverged run goes back to
+RETREATS = 3
+Batch = TypeVar("Batch")
+
+
+class Losses(NamedTuple):
+    """Scalars of one batch: what is minimised, and the model's own error, by which a run is judged."""
+
+    loss: Tensor
+    error: Tensor
+
+
+class Diverged(SodaTrainingError):
+    """A run that went back as often as it may; its parameters are those of the last good step."""
+
+
+class TrainingRun:
+    """StiefelAdam on the rotations, AdamW on the spectra.
+
+    losses: of every step taken. rate_factor: halved each time the run diverged and went back to its last good step,
+    which is kept in memory and renewed while all is calm.
+    """
+
+    def __init__(self, parameters: SodaParameters, settings: TrainingSettings):
+        self.parameters, self.settings = parameters, settings
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if parameters.rotations():
+            self.optimizers["rotations"] = StiefelAdam(parameters.rotations(), lr=settings.learning_rate)
+        if parameters.spectra():
+            self.optimizers["spectra"] = torch.optim.AdamW(
+                parameters.spectra(), lr=settings.learning_rate, weight_decay=0.0
+            )
+        self.trained = [*parameters.rotations(), *parameters.spectra()]
+        self.average = Average(parameters.rotations(), parameters.spectra(), settings.ema) if settings.ema else None
+        self.guard = Guard()
+        self.losses: list[float] = []
+        self.rate_factor, self.retreats = 1.0, 0
+        self._whole = True
+        self._good = _copy(self._now())
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return len(self.losses)
+
+    def advance(
+        self, batch_of: Callable[[int], Batch], losses_of: Callable[[Mapping[str, Tensor], Batch], Losses]
+    ) -> str:
+        """Take one step; "" if it went well, else what went wrong, and then nothing has moved.
+
+        `batch_of(i)` prepares batch i of the run, counted from 0; `losses_of(weights, batch)` computes.
+        """
+        settings = self.settings
+        for name, optimizer in self.optimizers.items():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * self._share(name)
+        totals = []
+        for part in range(settings.accumulation):
+            losses = losses_of(self.parameters(), batch_of(self.step * settings.accumulation + part))
+            (losses.loss / settings.accumulation).backward()
+            totals.append(torch.stack([value.detach().float() for value in losses]))
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip or math.inf)
+        loss, error, size = torch.cat([torch.stack(totals).mean(0), norm.reshape(1)]).tolist()
+        at = f"at step {self.step + 1} of {settings.steps}"
+        if not (math.isfinite(loss) and math.isfinite(size)):
+            return f"the loss is {loss:g} and its gradient {size:g} {at}"
+        if self.guard.sees(error):
+            return f"the loss has risen far above where it was and is {loss:g} {at}"
+        self._whole = False
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        self.losses.append(loss)
+        self._whole = True
+        if self.guard.calm and self.step % KEEP_EVERY == 0:
+            self._good = _copy(self._now())
+        return ""
+
+    def _share(self, name: str) -> float:
+        settings = self.settings
+        planned = share(self.step, settings.steps, settings.schedule, settings.warm_up)
+        return planned * self.rate_factor * (settings.spectrum_rate if name == "spectra" else 1.0)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """The parameters as they would be returned now: the average, where one is kept."""
+        if self.average is None:
+            yield
+            return
+        before = _copy(self.parameters.state_dict())
+        self.average.write()
+        try:
+            yield
+        finally:
+            self.parameters.load_state_dict(before)
+
+    def retreat(self, trouble: str) -> str:
+        """Go back to the last good step at half the rate, and say so; Diverged the fourth time."""
+        self._restore(self._good)
+        if self.retreats == RETREATS:
+            raise Diverged(
+                f"{trouble}, after {RETREATS} times going back to a lower rate (now "
+                f"{self.settings.learning_rate * self.rate_factor:g}); lower the learning rate "
+                f"({self.settings.learning_rate:g}) or check the training images"
+            )
+        self.retreats += 1
+        self.rate_factor /= 2
+        return (
+            f"{trouble[0].upper()}{trouble[1:]}: went back to step {self.step} and on at "
+            f"{self.rate_factor:g} of the rate."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run goes on from, to the last bit; tensors are shared with the run."""
+        now = self._now() if self._whole else self._good
+        return {
+            "now": now, "good": self._good, "losses": torch.tensor(self.losses[: now["step"]], dtype=torch.float64),
+            "rate_factor": self.rate_factor, "retreats": self.retreats,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises what torch raises for a state of other parameters."""
+        self.losses = state["losses"].tolist()
+        self.rate_factor, self.retreats = state["rate_factor"], state["retreats"]
+        self._good = _copy(state["good"])
+        self._restore(state["now"])
+
+    def _now(self) -> dict[str, Any]:
+        """What a step changes."""
+        average = self.average
+        return {
+            "step": self.step,
+            "parameters": self.parameters.state_dict(),
+            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
+            "average": None if average is None else {"sums": average.sums, "weight": average.weight},
+            "guard": self.guard.state_dict(),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        state = _copy(state)  # optimizers keep the tensors that they load
+        self.parameters.load_state_dict(state["parameters"])
+        for name, optimizer in self.optimizers.items():
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": groups})
+        if self.average is not None:
+            for total, value in zip(self.average.sums, state["average"]["sums"], strict=True):
+                total.copy_(value)
+            self.average.weight = state["average"]["weight"]
+        self.guard.load_state_dict(state["guard"])
+        del self.losses[state["step"] :]
+        self._whole = True
+
+
+def _copy(tree: Any) -> Any:
+    """Nested dicts and lists with every tensor in memory of its own."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list) else tree

@@ -1,0 +1,125 @@
+"""Trainings that outlive what happens to them: Cancel, kill -9, a restart, the same workflow again, fifty in a row."""
+
+import os
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+from prompts import Playground, Prompt
+
+from runner.client import Client, PromptFailed
+from runner.server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+
+
+def training(prefix: str, **settings) -> tuple[Prompt, str]:
+    prompt = Prompt()
+    playground = Playground(prompt)
+    latents, positive = playground.drawings()
+    more = {"options": playground.options(checkpoint_every=5), "steps": STEPS, "targets": "cross-attention"}
+    node = playground.train(positive, latents=latents, **{**more, **settings})
+    playground.save((node, 0), prefix)
+    return prompt, node
+
+
+def tensors(adapters, prefix):
+    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}_*")))
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def at_step(node: str, step: int, act):
+    """An event handler that acts once, when the node has taken so many steps."""
+    done = []
+
+    def on_event(kind: str, data: dict) -> None:
+        if kind == "progress" and data["node"] == node and data["value"] >= step and not done:
+            done.append(True)
+            act()
+
+    return on_event
+
+
+def test_cancelled_and_queued_again_it_goes_on(client, adapters, base_unchanged):
+    prompt, _ = training("whole", seed=101, reuse=False)
+    client.run(prompt)
+    shutil.rmtree(client.server.base / "user" / "soda")
+    prompt, node = training("resumed", seed=101)
+    with pytest.raises(PromptFailed, match="interrupted"):
+        client.run(prompt, at_step(node, 12, client.interrupt))
+    texts = client.run(prompt).texts[node]
+    assert any("Went on from step" in text for text in texts)
+    assert same(tensors(adapters, "resumed"), tensors(adapters, "whole"))
+
+
+def test_the_same_inputs_give_the_finished_adapter_back_unless_reuse_is_off(client, adapters):
+    prompt, _ = training("first", seed=102)
+    client.run(prompt)
+    client.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)  # ComfyUI frees its caches between prompts
+    prompt, node = training("second", seed=102, reuse=True)
+    prompt.add("LossGraphNode", loss=(node, 1), filename_prefix="loss")
+    result = client.run(prompt)
+    assert node in result.executed and "trained before" in result.texts[node][-1]
+    assert same(tensors(adapters, "first"), tensors(adapters, "second"))
+    prompt, node = training("third", seed=102, reuse=False)
+    assert "trained before" not in client.run(prompt).texts[node][-1]
+    assert same(tensors(adapters, "first"), tensors(adapters, "third"))
+
+
+def test_killed_and_resumed_on_a_fresh_server(client, adapters, tmp_path):
+    """kill -9 in mid-training; the server that comes after it has the same user folder."""
+    prompt, _ = training("unkilled", seed=103)
+    client.run(prompt)
+    comfyui, arguments = Path(os.environ["COMFYUI_PATH"]), ("--cpu", "--use-pytorch-cross-attention")
+    first = Server(comfyui, sys.executable, ROOT, arguments=arguments, output=tmp_path)
+    with first, Client(first) as doomed:
+        prompt, node = training("killed", seed=103)
+        kill = at_step(node, 13, first.process.kill)
+        thread = threading.Thread(target=_run_to_its_death, args=(doomed, prompt, kill))
+        thread.start()
+        thread.join(120)
+        assert first.process.poll() is not None and not thread.is_alive()
+        shutil.copytree(first.base / "user" / "soda", tmp_path / "soda")
+    second = Server(comfyui, sys.executable, ROOT, arguments=arguments, output=tmp_path)
+    with second, Client(second) as fresh:
+        shutil.copytree(tmp_path / "soda", second.base / "user" / "soda")
+        texts = fresh.run(prompt).texts[node]
+        assert any("Went on from step 1" in text for text in texts), texts[:3]  # 10 to 19
+    assert same(tensors(tmp_path / "loras" / "soda", "killed"), tensors(adapters, "unkilled"))
+
+
+def _run_to_its_death(client, prompt, kill) -> None:
+    try:
+        client.run(prompt, kill, timeout=100)
+    except Exception as error:  # the server is gone
+        print(f"as it should be: {error}")
+
+
+def test_fifty_trainings_leave_memory_and_open_files_flat(client, base_unchanged):
+    """Memory after 50 is that after 10, within what one training takes and gives back."""
+    server = psutil.Process(client.server.process.pid)
+    seen = []
+    for number in range(50):
+        prompt = Prompt()
+        playground = Playground(prompt)
+        latents, positive = playground.drawings()
+        more = {"steps": 2, "batch_size": 1, "seed": 1000 + number}
+        node = playground.train(positive, latents=latents, options=playground.options(layers="*middle*to_q"), **more)
+        prompt.add("LossGraphNode", loss=(node, 1), filename_prefix="loss")
+        client.run(prompt)
+        seen.append((server.memory_info().rss / 2**20, server.num_fds()))
+    (memory, files), (after, files_after) = seen[9], seen[-1]
+    print(f"memory after 10, 30, 50: {memory:.0f}, {seen[29][0]:.0f}, {after:.0f} MiB; files {files} and {files_after}")
+    assert after < memory + 40 and files_after <= files + 2
+    kept = list((client.server.base / "user" / "soda" / "training").iterdir())
+    assert len(kept) <= 3 * 20
