@@ -20,7 +20,7 @@ from ...errors import SodaTrainingError
 from ...training.loop import TrainingSettings
 from ...training.loop import train as run_loop
 from ...training.parameters import SodaParameters
-from .base import unpatched
+from .base import layer_weight
 from .dataset import Sample
 from .describe import training_metadata
 from .diffusion import DiffusionLoss
@@ -39,7 +39,7 @@ def train_adapter(
     factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
     targets: str = "all attention",
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
-    """(adapter, loss of every step); `targets` is a key of `targets.TARGETS`.
+    """(adapter, loss of every step); `targets` is one of `targets.TARGETS`.
 
     The same inputs and seed give the same tensors on a CPU.
 
@@ -56,7 +56,7 @@ def train_adapter(
     comfy.model_management.load_models_gpu([patcher], _memory(patcher, samples, settings), force_full_load=True)
     # Nodes run under inference mode, whose tensors know no gradients.
     with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
-        weights = {layer: unpatched(patcher, key).to(torch.float32) for layer, key in keys.items()}
+        weights = {layer: layer_weight(patcher, layer).to(torch.float32) for layer in keys}
         weights = {layer: w.clone() if w.is_inference() else w for layer, w in weights.items()}
         parameters = SodaParameters(weights, decomposition, factors).to(patcher.load_device)
         loss = DiffusionLoss(patcher, samples, settings.batch_size, settings.seed)
