@@ -69,7 +69,10 @@ LUMINA = {
     "qk_norm": True, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [8, 8, 8], "axes_lens": [300, 512, 512],
     "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0, "multiple_of": 16,
 }  # fmt: skip
-Z_IMAGE = {**LUMINA, "n_kv_heads": 2, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32}
+Z_IMAGE = {
+    **LUMINA, "dim": 256, "axes_dims": [32, 48, 48], "n_kv_heads": 2, "z_image_modulation": True, "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}  # fmt: skip
 Z_PIXEL = {
     **Z_IMAGE, "in_channels": 3, "patch_size": 4, "decoder_hidden_size": 32, "decoder_num_res_blocks": 1,
     "decoder_max_freqs": 4, "decoder_in_channels": 48,
@@ -87,7 +90,7 @@ HUNYUAN_3D = {
     "depth_single_blocks": 1, "qkv_bias": True, "guidance_embed": False,
 }  # fmt: skip
 AUDIO = {
-    "global_cond_dim": 1536, "project_cond_tokens": False, "embed_dim": 128, "cond_token_dim": 768, "num_heads": 2,
+    "global_cond_dim": 1536, "project_cond_tokens": False, "embed_dim": 768, "cond_token_dim": 768, "num_heads": 12,
     "timestep_features_type": "learned", "io_channels": 64, "input_concat_dim": 0, "depth": 1,
 }  # fmt: skip
 HYDIT = {"depth": 2, "hidden_size": 64, "num_heads": 2, "text_states_dim": 64, "text_states_dim_t5": 64}
@@ -118,15 +121,17 @@ SMALL = {
                                                             "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0]},
     "LotusD": {**UNET, **LABEL}, "SVD_img2vid": VIDEO, "SV3D_u": VIDEO, "SV3D_p": VIDEO,
     "Stable_Cascade_C": {"c_cond": 64, "c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 1], [1, 1]],
-                         "c_clip_text": 64, "c_clip_text_pooled": 64, "c_clip_img": 64},
+                         "c_clip_text": 64, "c_clip_text_pooled": 64, "c_clip_img": 768},
     "Stable_Cascade_B": {"c_cond": 64, "c_hidden": [32, 32, 64, 64], "nhead": [-1, -1, 2, 2], "c_clip": 64,
                          "blocks": [[1] * 4, [1] * 4], "block_repeat": [[1] * 4, [1] * 4]},
     "SD3": {"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 1, "input_size": None,
             "adm_in_channels": 64, "num_patches": 64, "pos_embed_max_size": 8, "qk_norm": "rms",
             "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 64}},
             "x_block_self_attn_layers": [0]},
-    "StableAudio": AUDIO, "StableAudio3": {**AUDIO, "global_cond_type": "adaLN", "norm_type": "rms_norm",
-                                           "attn_kwargs": {"qk_norm": "rms", "differential": True}},
+    "StableAudio": AUDIO,
+    "StableAudio3": {**AUDIO, "global_cond_dim": 768, "io_channels": 256, "local_add_cond_dim": 257,
+                     "global_cond_type": "adaLN", "norm_type": "rms_norm",
+                     "attn_kwargs": {"qk_norm": "rms", "differential": True}},
     "AuraFlow": {"max_seq": 64, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 2, "dim": 64, "n_heads": 2,
                  "global_conddim": 64},
     "PixArtAlpha": {**PIXART, "micro_condition": True}, "PixArtSigma": {**PIXART, "micro_condition": False},
@@ -150,7 +155,8 @@ SMALL = {
                   "rope_inv_freq_len": 4},
     "HunyuanVideo": HUNYUAN_VIDEO, "HunyuanVideoI2V": {**HUNYUAN_VIDEO, "in_channels": 33},
     "HunyuanVideoSkyreelsI2V": {**HUNYUAN_VIDEO, "in_channels": 32}, "HunyuanImage21": HUNYUAN_IMAGE,
-    "HunyuanImage21Refiner": {**HUNYUAN_VIDEO, "vec_in_dim": None, "patch_size": [1, 1, 1]},
+    "HunyuanImage21Refiner": {**HUNYUAN_VIDEO, "vec_in_dim": None, "patch_size": [1, 1, 1], "in_channels": 128,
+                                                     "out_channels": 64},
     "HunyuanVideo15": HUNYUAN_1_5, "HunyuanVideo15_SR_Distilled": {**HUNYUAN_1_5, "in_channels": 98},
     "CosmosT2V": COSMOS_1, "CosmosI2V": {**COSMOS_1, "in_channels": 17}, "CosmosT2IPredict2": COSMOS_2,
     "CosmosI2VPredict2": {**COSMOS_2, "in_channels": 17}, "Anima": ANIMA,
@@ -179,7 +185,7 @@ SMALL = {
                 "mlp_type": "swiglu", "txt_in_dim": 64, "rope_dim": 64, "vid_out_norm": True},
     "ACEStep": {"attention_head_dim": 24, "in_channels": 8, "inner_dim": 48, "num_attention_heads": 2, "num_layers": 1,
                 "patch_size": [16, 1], "ssl_latent_dims": [32, 16], "ssl_encoder_depths": [1, 1],
-                "speaker_embedding_dim": 32, "text_embedding_dim": 32, "lyric_hidden_size": 1024},
+                "speaker_embedding_dim": 512, "text_embedding_dim": 32, "lyric_hidden_size": 1024},
     "ACEStep15": {"hidden_size": 64, "text_hidden_dim": 64, "num_dit_layers": 1, "num_lyric_layers": 1,
                   "num_timbre_layers": 1, "num_tokenizer_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
                   "intermediate_size": 64, "fsq_dim": 64, "encoder_hidden_size": 64, "encoder_intermediate_size": 64,
@@ -201,6 +207,13 @@ SMALL = {
     "RT_DETR_v4": {}, "SAM3": {}, "SAM31": {}, "DepthAnything3": {"backbone_name": "vits"},
 }  # fmt: skip
 
+# Widths of text encodings that are not the model's own context_dim, context_in_dim, text_dim or cross_attention_dim.
+TEXT = {
+    "Stable_Zero123": 52, "StableAudio": 768, "StableAudio3": 768, "Krea2": 128, "Lens": 128, "Anima": 1024, "LTXV": 64,
+    "ACEStep": 32, "HunyuanDiT": 64, "HunyuanDiT1": 64,
+}  # fmt: skip
+POOLED = {"LotusD": 4, "Kandinsky5": 32, "Kandinsky5Image": 32}  # not 1280, adm_in_channels or vec_in_dim
+
 
 def extras(name: str) -> dict[str, torch.Tensor]:
     """What a model takes from its checkpoint besides its own weights."""
@@ -217,8 +230,6 @@ def config(name: str):
     """The model configuration of a class of ComfyUI's list, shrunk; other values stay as the class has them."""
     kind = getattr(comfy.supported_models, name)
     shrunk = {**kind.unet_config, **SMALL[name]}
-    if kind.unet_config.get("use_temporal_attention") is not None:  # a UNet: widths of the list belong to real sizes
-        shrunk["adm_in_channels"] = 64 if "num_classes" in shrunk else None
     made = kind(shrunk)
     made.unet_config.update({key: value for key, value in SMALL[name].items() if key in kind.unet_extra_config})
     made.set_inference_dtype(torch.float32, None)
@@ -238,4 +249,55 @@ def build(name: str, device: torch.device = CPU, seed: int = 0) -> comfy.model_p
                 numbers = torch.randn(parameter.shape, generator=generator)
                 offset = 1.0 if parameter.ndim == 1 and "norm" in key and key.endswith(("weight", "scale")) else 0.0
                 parameter.data.copy_(numbers * (fan_in**-0.5 if parameter.ndim > 1 else 0.1) + offset)
+        model.requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def latents(name: str, model: comfy.model_patcher.ModelPatcher, count: int = 2) -> dict:
+    """A LATENT of `count` small samples."""
+    space = model.model.latent_format
+    side = {"PixArtAlpha": 64, "PixArtSigma": 64, "HiDreamO1": 64, "Stable_Cascade_B": 32}.get(name, 8)
+    sizes = {1: (16,), 2: (16 if name == "ACEStep" else side, side), 3: (1, side, side)}[space.latent_dimensions]
+    with torch.inference_mode():
+        generator = torch.Generator().manual_seed(1)
+        # the refiner's pictures have half its channels: two frames become one
+        channels = space.latent_channels // 2 if name == "HunyuanImage21Refiner" else space.latent_channels
+        return {"samples": torch.randn(count, channels, *sizes, generator=generator)}
+
+
+def conditioning(name: str) -> list:
+    """A CONDITIONING of one caption with all that the model's own text encoding nodes give it."""
+    kind = getattr(comfy.supported_models, name)
+    said = {**kind.unet_config, **SMALL[name]}
+    width = TEXT.get(name) or next(
+        (said[key] for key in ("context_dim", "context_in_dim", "text_dim", "cross_attention_dim") if said.get(key)), 64
+    )
+    sdxl = issubclass(kind, (comfy.supported_models.SDXL, comfy.supported_models.SDXLRefiner))
+    pooled = POOLED.get(name) or (1280 if sdxl else said.get("adm_in_channels") or said.get("vec_in_dim") or 64)
+    tokens = 77 if name.startswith("HunyuanDiT") else 7
+    with torch.inference_mode():
+        generator = torch.Generator().manual_seed(2)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        more = {"pooled_output": noise(1, pooled)}
+        if name.startswith("HunyuanDiT"):
+            more |= {"conditioning_mt5xl": noise(1, 256, 64), "attention_mask_mt5xl": torch.ones(1, 256)}
+        if name.startswith("HunyuanDiT") or name in ("GenmoMochi", "LTXV", "Omnigen2", "Boogu"):
+            more["attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
+        if name == "HiDreamO1":
+            more["text_input_ids"] = torch.ones(1, tokens, dtype=torch.int64)
+        if name == "HiDream":
+            more["conditioning_llama3"] = noise(1, 2, tokens, 64)
+        if name == "ACEStep":
+            more["conditioning_lyrics"] = torch.ones(1, 5, dtype=torch.int64)
+        if name == "ACEStep15":
+            more["conditioning_lyrics"] = noise(1, 5, 64)
+        if name == "Stable_Cascade_B":
+            more["stable_cascade_prior"] = noise(1, 16, 4, 4)
+        if name == "PiD":
+            more |= {"lq_latent": noise(1, 16, 2, 2), "degrade_sigma": torch.zeros(1)}
+        if name == "SeedVR2":
+            more["condition"] = noise(1, 17, 1, 8, 8)
+        return [[noise(1, tokens, width), more]]

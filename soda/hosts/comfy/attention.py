@@ -8,7 +8,7 @@ spectrum of its own:
     qkv (3w, in), kv (2w, in)                   [0:w], [w:2w], [2w:3w]
     qkv (w + 2g, in) of grouped queries         [0:w], [w:w+g], [w+g:w+2g], w being what the output takes
     qkv (5w, in), kv (3w, in)                   q k v q' k' and k k' v of differential attention
-    linear1 (3w + mlp, in)                      the first three of a single-stream block; the MLP's rows stay as they are
+    linear1 (3w + mlp, in)                      the first three of a single-stream block; the rest is its MLP's
 
 A 1 x 1 convolution (out, in, 1, 1) is the matrix (out, in).
 """

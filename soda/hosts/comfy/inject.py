@@ -47,10 +47,11 @@ class Injection:
 
     def _inject(self, patcher: ModelPatcher) -> None:
         for module in patcher.model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_inference():
-                    self._undo.append((module._parameters, name, parameter))
-                    module._parameters[name] = _alias(parameter)
+            for held in (module._parameters, module._buffers):
+                for name, tensor in list(held.items()):
+                    if tensor is not None and tensor.is_inference():
+                        self._undo.append((held, name, tensor))
+                        held[name] = _alias(tensor)
         for key in self._layers:
             module = comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
             self._undo.append((module.__dict__, "weight_function", module.weight_function))
@@ -84,9 +85,9 @@ class Injection:
         return torch.cat([*parts, weight[at:].float()])
 
 
-def _alias(parameter: torch.Tensor) -> torch.nn.Parameter:
-    """The same memory as a normal tensor: a parameter loaded under inference mode cannot be saved for backward."""
+def _alias(held: torch.Tensor) -> torch.Tensor:
+    """The same memory as a normal tensor: one made under inference mode cannot be saved for backward."""
     with torch.inference_mode(False):
-        tensor = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-        tensor.set_(parameter.untyped_storage(), parameter.storage_offset(), parameter.shape, parameter.stride())
-        return torch.nn.Parameter(tensor, requires_grad=False)
+        tensor = torch.empty(0, dtype=held.dtype, device=held.device)
+        tensor.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
+        return torch.nn.Parameter(tensor, requires_grad=False) if isinstance(held, torch.nn.Parameter) else tensor

@@ -23,6 +23,7 @@ from ...training.parameters import SodaParameters
 from .base import layer_weight
 from .dataset import Sample
 from .describe import training_metadata
+from .differentiable import differentiated
 from .diffusion import DiffusionLoss
 from .inject import Injection
 from .patch import attached
@@ -74,7 +75,7 @@ def train_adapter(
                         injection.weights = parameters()
                     _show_sample(patcher, prompt, samples, step, progress)
 
-            losses = run_loop(parameters, loss_fn, settings, on_step)
+            losses = differentiated(lambda: run_loop(parameters, loss_fn, settings, on_step))
         layers = parameters.layers()
     metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, weights)
     return Adapter(layers, metadata, "trained adapter"), losses
