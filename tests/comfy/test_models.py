@@ -22,8 +22,10 @@ from soda_pack.soda.hosts.comfy.attention import projections
 from soda_pack.soda.hosts.comfy.base import split_name
 from soda_pack.soda.hosts.comfy.fit import shapes
 from soda_pack.soda.hosts.comfy.patch import apply
+from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.targets import attention_weights
-from test_training import run, untouched
+from soda_pack.soda.hosts.comfy.train import train_adapter
+from soda_pack.soda.training.loop import TrainingSettings
 
 CLASSES = [kind.__name__ for kind in comfy.supported_models.models]
 TABLE = Path(__file__).with_name("projections.txt")
@@ -97,10 +99,14 @@ def test_train_save_load_patch_sample_unpatch(name, tmp_path):
     model = model_zoo.build(name)
     before = weights(model)
     samples = dataset.collect([model_zoo.latents(name, model)], [model_zoo.conditioning(name)])
-    trained, losses = run(
-        model, steps=2, samples=samples, batch=1, factors=2, decomposition="none" if name in WIDE else "lq"
-    )
-    assert untouched(model, before)
+    decomposition = "none" if name in WIDE else "lq"
+    settings = TrainingSettings(steps=2, learning_rate=0.01, batch_size=1, seed=0)
+    with torch.inference_mode():
+        trained, losses = train_adapter(
+            model, samples, settings, decomposition, 2, "subject", TrainingProgress(2, None)
+        )
+    load(model)
+    assert same(before, weights(model)) and not model.injections
     assert set(trained.layers) == set(attention_weights(model)) and all(loss == loss for loss in losses)
     assert any(not term.is_zero() for terms in trained.layers.values() for term in terms)
     save(trained, tmp_path / "x.safetensors")

@@ -74,11 +74,12 @@ def attached(patcher: ModelPatcher) -> Parts:
     return patcher.get_attachment(ATTACHMENT) or ()
 
 
-def apply(model: ModelPatcher, parts: Parts, clip=None):
+def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None = None):
     """(model, clip, Report) with `parts` added to what SODA put there before; the inputs stay as they are.
 
-    Weight 0 adds nothing, so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the
-    CLIP by its name. An adapter that does not fit raises SodaMixError.
+    `clip_parts` are the same adapters with their weights for the CLIP, where these are others. Weight 0 adds nothing,
+    so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the CLIP by its name. An
+    adapter that does not fit raises SodaMixError.
     """
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
@@ -89,7 +90,7 @@ def apply(model: ModelPatcher, parts: Parts, clip=None):
     if clip is None:
         return new_model, None, report
     new_clip = clip.clone()
-    new_clip.patcher = _fold(clip.patcher, parts, known[1], report)
+    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report)
     return new_model, new_clip, report
 
 
