@@ -34,6 +34,11 @@ class SodaLoader(io.ComfyNode):
                     optional=True,
                     tooltip="Only needed for an adapter that also changes the text encoder.",
                 ),
+                strength_input(
+                    "strength_clip",
+                    "The same for the text encoder, where the adapter changes it.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the adapter."),
@@ -48,8 +53,8 @@ class SodaLoader(io.ComfyNode):
         return folders.fingerprint(adapter_name)
 
     @classmethod
-    def execute(cls, model, adapter_name: str, strength: float, clip=None) -> io.NodeOutput:
+    def execute(cls, model, adapter_name: str, strength: float, clip=None, strength_clip: float = 1.0) -> io.NodeOutput:
         adapter = load(folders.resolve(adapter_name))
-        new_model, new_clip, report = patch.apply(model, [(adapter, strength)], clip)
+        new_model, new_clip, report = patch.apply(model, [(adapter, strength)], clip, [(adapter, strength_clip)])
         status.show(report.text(), cls.hidden.unique_id)
         return io.NodeOutput(new_model, new_clip, adapter)

@@ -10,6 +10,6 @@ SODA_TRAIN_OPTIONS = io.Custom("SODA_TRAIN_OPTIONS")
 ROLES = list(metadata.ROLES)
 
 
-def strength_input(name: str, tooltip: str) -> io.Float.Input:
+def strength_input(name: str, tooltip: str, optional: bool = False) -> io.Float.Input:
     """A weight from -10 to 10; 0 changes nothing, 1 is the adapter as trained, negative turns the other way."""
-    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.05, tooltip=tooltip)
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.05, optional=optional, tooltip=tooltip)

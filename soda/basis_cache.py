@@ -111,12 +111,12 @@ class BasisCache:
     def _hash(self, owner: object, name: str, weight: Tensor) -> str:
         if owner is None:
             return weight_hash(weight)
-        place, sample = (id(owner), name), _sample(weight)
+        place, seen = (id(owner), name), sample(weight)
         known = self._known.get(place)
-        if known is not None and known[0]() is owner and known[1] == sample:
+        if known is not None and known[0]() is owner and known[1] == seen:
             return known[2]
         digest = weight_hash(weight)
-        self._known[place] = (weakref.ref(owner, lambda _: self._known.pop(place, None)), sample, digest)
+        self._known[place] = (weakref.ref(owner, lambda _: self._known.pop(place, None)), seen, digest)
         return digest
 
 
@@ -128,7 +128,7 @@ def weight_hash(weight: Tensor) -> str:
     return _digest(weight, weight)
 
 
-def _sample(weight: Tensor) -> str:
+def sample(weight: Tensor) -> str:
     """A digest of dtype, shape and some thousand evenly spaced numbers: tells a changed weight from the same one."""
     flat = weight.reshape(-1)
     return _digest(weight, flat[:: max(1, flat.numel() // 1024)])

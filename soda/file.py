@@ -71,7 +71,7 @@ def load(path: str | os.PathLike) -> Adapter:
         parts.setdefault(name, {})[part] = tensors[key].to(torch.float32)
     if not parts:
         raise SodaFileError(f"{path}: the file holds no SODA layer; choose a file that SODA Save wrote")
-    layers = {name: (_layer(path, name, found),) for name, found in parts.items()}
+    layers = {name: (read_layer(path, name, found),) for name, found in parts.items()}
     return Adapter(layers, metadata, path.stem)
 
 
@@ -217,8 +217,11 @@ def _check_names(path: Path, file: safe_open) -> None:
         raise SodaFileError(f"{path}: the file has {size} bytes, an adapter at most {FILE_LIMIT}; save it again")
 
 
-def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> Layer:
-    """One layer from its tensors, checked."""
+def read_layer(path: str | os.PathLike, name: str, tensors: Mapping[str, Tensor]) -> Layer:
+    """One layer from its tensors by what stands behind `.soda_` in their names, checked; `path` is for the message.
+
+    Raises SodaFileError.
+    """
 
     def fail(what: str) -> SodaFileError:
         return SodaFileError(f"{path}: {what}; the file is damaged, save or download it again")

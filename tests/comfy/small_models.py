@@ -10,6 +10,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.text_encoders.pixart_t5
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from soda_pack.soda.adapter import Adapter, Layer
@@ -105,6 +106,20 @@ def small_clip():
     with torch.inference_mode():
         clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": config})
         generator = torch.Generator().manual_seed(6)
+        for parameter in clip.cond_stage_model.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return clip
+
+
+def small_t5():
+    """A T5 of CONTEXT channels with two layers and its usual tokenizer, as PixArt has it."""
+    config = {"d_model": CONTEXT, "d_ff": 2 * CONTEXT, "d_kv": CONTEXT // 4, "num_heads": 4, "num_layers": 2}
+    target = comfy.supported_models_base.ClipTarget(
+        comfy.text_encoders.pixart_t5.PixArtTokenizer, comfy.text_encoders.pixart_t5.pixart_te()
+    )
+    with torch.inference_mode():
+        clip = comfy.sd.CLIP(target, model_options={"t5xxl_model_config": config})
+        generator = torch.Generator().manual_seed(8)
         for parameter in clip.cond_stage_model.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return clip

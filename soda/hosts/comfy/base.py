@@ -6,7 +6,7 @@ Decompositions are computed from those originals and shared by all adapters and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
@@ -37,10 +37,16 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
     return weight if convert is None else convert(weight, inplace=False)
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """(out, in) of a 1 x 1 convolution's weight (out, in, 1, ...); any other shape as it is."""
+    return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
+
+
 def layer_weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
     """The unpatched weight of one adapter layer, (out, in); rows a to b if the name says so."""
     key, rows = split_name(layer)
     weight = unpatched(patcher, key)
+    weight = weight.reshape(matrix_shape(weight.shape))
     return weight if rows is None else weight[rows[0] : rows[1]]
 
 

@@ -16,7 +16,7 @@ from ...adapter import Adapter, Decomposition, Layer
 from ...decomposition import Basis
 from ...errors import SodaMixError
 from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, spectrum_error
-from .base import split_name
+from .base import matrix_shape, split_name
 
 
 @dataclass
@@ -37,8 +37,8 @@ class Report:
 
 
 def shapes(patcher: ModelPatcher) -> dict[str, tuple[int, ...]]:
-    """State dict key -> shape, without moving or copying a weight."""
-    return {key: tuple(weight.shape) for key, weight in patcher.model_state_dict().items()}
+    """State dict key -> shape, a 1 x 1 convolution's as a matrix; without moving or copying a weight."""
+    return {key: matrix_shape(weight.shape) for key, weight in patcher.model_state_dict().items()}
 
 
 @dataclass

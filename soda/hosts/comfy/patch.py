@@ -17,7 +17,7 @@ from ...adapt import adapt
 from ...adapter import Adapter, Layer
 from ...decomposition import Basis
 from ...mixing import mix
-from .base import bases, layer_weight, split_name
+from .base import bases, layer_weight, matrix_shape, split_name
 from .fit import Report, check_spectrum, matching, shapes, unmatched
 
 ATTACHMENT = "soda"
@@ -52,7 +52,8 @@ class SodaWeightAdapter(WeightAdapterBase):
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
         original_weight=None,
     ):  # fmt: skip
-        """Write the adapted weight into `weight`, (out, in), any dtype, and return it; fp32 arithmetic."""
+        """Write the adapted weight into `weight`, (out, in) or (out, in, 1, 1), any dtype, and return it; fp32
+        arithmetic."""
 
         def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(weight.device)
@@ -63,8 +64,9 @@ class SodaWeightAdapter(WeightAdapterBase):
             layers.append(layer if strength == 1.0 else layer.scaled(strength))
             if spectrum is not None:
                 basis[decomposition] = Basis(decomposition, here(left), here(right), here(spectrum), here(live))
+        matrix = weight.reshape(matrix_shape(weight.shape)).float()
         # With an offset core drops the returned tensor and keeps its own, hence in place.
-        return weight.copy_(adapt(weight.float(), layers, basis))
+        return weight.copy_(adapt(matrix, layers, basis).reshape(weight.shape))
 
 
 def attached(patcher: ModelPatcher) -> Parts:
@@ -72,11 +74,12 @@ def attached(patcher: ModelPatcher) -> Parts:
     return patcher.get_attachment(ATTACHMENT) or ()
 
 
-def apply(model: ModelPatcher, parts: Parts, clip=None):
+def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None = None):
     """(model, clip, Report) with `parts` added to what SODA put there before; the inputs stay as they are.
 
-    Weight 0 adds nothing, so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the
-    CLIP by its name. An adapter that does not fit raises SodaMixError.
+    `clip_parts` are the same adapters with their weights for the CLIP, where these are others. Weight 0 adds nothing,
+    so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the CLIP by its name. An
+    adapter that does not fit raises SodaMixError.
     """
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
@@ -87,7 +90,7 @@ def apply(model: ModelPatcher, parts: Parts, clip=None):
     if clip is None:
         return new_model, None, report
     new_clip = clip.clone()
-    new_clip.patcher = _fold(clip.patcher, parts, known[1], report)
+    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report)
     return new_model, new_clip, report
 
 

@@ -1,4 +1,4 @@
-"""Which weights of a ComfyUI model SODA adapts: the attention projections of the diffusion model."""
+"""Which weights of a ComfyUI model SODA adapts: the attention projections of the diffusion model, all or a part."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ import re
 from comfy.model_patcher import ModelPatcher
 
 from ...errors import SodaTrainingError
+from .attention import projections
+from .fit import shapes
 
-PROJECTION = re.compile(r"^(diffusion_model\..+\.(?:to_q|to_k|to_v|to_out\.0))\.weight$")
-# UNet transformer blocks attend first to the picture itself, then to the text.
-TARGETS = {"all attention": "", "cross-attention": ".attn2.", "self-attention": ".attn1."}
+# Where the picture attends to the text: the cross-attentions of models that have them (attn2 of a UNet; SD 3 calls a
+# second self-attention so), the text stream's projections in models that attend to both at once. The rest, single
+# streams of both included, counts as self-attention.
+CROSS = re.compile(
+    r"""(?<!x_block)[._]attn2\. | [._]cross_att | \.block\d+\.blocks\.1\.block\.attn\.
+    | \.txt_attn\. | \.context_block\. | \.attn\.txt_ | \.attn\.proj_\w+\.txt | \.(?:qkv|proj)_y(?:\[|$)
+    | \.add_[qkv]_proj | \.to_add_out | \.to_\w+_t$ | \.instruct_ | \.double_layers\.\d+\.attn\.w1""",
+    re.VERBOSE,
+)
+TARGETS = ("all attention", "cross-attention", "self-attention")
 
 
 def attention_weights(patcher: ModelPatcher, targets: str = "all attention") -> dict[str, str]:
-    """Layer name -> state dict key of the attention projections, the 2-D weights to_q, to_k, to_v and to_out.0.
+    """Layer name -> state dict key of the attention projections (see `attention`); `targets` is one of TARGETS.
 
-    `targets` is a key of TARGETS. The layer name is the module path, as it stands in adapter files. In the order of
-    the model's state dict. Raises SodaTrainingError if the model has none.
+    The layer name is the module path, with [a:b] for rows a to b of a fused weight, as it stands in adapter files. In
+    the order of the model's state dict. Raises SodaTrainingError if the model has none, or does not tell
+    cross-attention from self-attention.
     """
-    found = {}
-    for key, weight in patcher.model_state_dict().items():
-        match = PROJECTION.match(key)
-        if match and weight.ndim == 2:
-            found[match.group(1)] = key
-    chosen = {layer: key for layer, key in found.items() if TARGETS[targets] in layer}
-    if found and not chosen:
-        raise SodaTrainingError(
-            f"The model {type(patcher.model).__name__} does not tell {targets} from the rest of its attention; set "
-            "targets to 'all attention'."
-        )
+    model = type(patcher.model).__name__
+    found = projections(shapes(patcher))
     if not found:
+        raise SodaTrainingError(f"The model {model} has no attention projections, so there is nothing to train.")
+    if targets == "all attention":
+        return found
+    cross = {layer: key for layer, key in found.items() if CROSS.search(layer)}
+    if not cross or len(cross) == len(found):
         raise SodaTrainingError(
-            f"The model {type(patcher.model).__name__} has no attention projections named to_q, to_k, to_v or to_out, "
-            "so there is nothing to train. SODA trains Stable Diffusion 1.x, 2.x, SDXL and models built like them."
+            f"The model {model} attends to picture and text through the same weights, so that {targets} is not a part "
+            "of its own; set targets to 'all attention'."
         )
-    return chosen
+    return cross if targets == "cross-attention" else {k: v for k, v in found.items() if k not in cross}

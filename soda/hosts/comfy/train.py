@@ -31,6 +31,7 @@ from .beside import take_off
 from .chosen import chosen_weights, resolve
 from .dataset import Sample
 from .describe import training_metadata
+from .differentiable import differentiated
 from .diffusion import DiffusionLosses, transformer_options
 from .identity import layer_hashes, run_hash
 from .inject import Injection
@@ -91,7 +92,7 @@ def train_adapter(
     factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
     targets: str = "all attention", extras: Extras = Extras(), kept: KeptRun | None = None, resume: bool = False,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
-    """(adapter, loss of every step); `targets` is a key of `targets.TARGETS`, or `auto`.
+    """(adapter, loss of every step); `targets` is one of `targets.TARGETS`, or `auto`.
 
     The same inputs and seed give the same tensors on a CPU, also where the run was interrupted and resumed: with
     `kept` it leaves checkpoints, with `resume` it goes on from the last one.
@@ -153,7 +154,9 @@ def _train(
             watch = _Watch(progress, run, injection, patcher, prompt, samples)
             losses_of = DiffusionLosses(patcher, injection, settings, reference)
             try:
-                losses = train(run, batch_of, losses_of, watch, keep if kept is not None else None)
+                losses = differentiated(
+                    lambda: train(run, batch_of, losses_of, watch, keep if kept is not None else None)
+                )
             except Diverged as error:
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
         layers = difference(parameters.layers(), frozen, beside)

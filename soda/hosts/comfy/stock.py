@@ -1,0 +1,218 @@
+"""SODA files through ComfyUI's own *Load LoRA* and whatever else is built on `comfy.lora.load_lora`.
+
+There an adapter class is asked, name by name, for what a file's tensors have for it, and later meets each weight as
+the patches before it left it: it knows neither the model nor what came before. So, for each layer:
+
+- the rotation always applies;
+- the spectrum applies where D on the weight at hand is what it was in training, by the file's sketch; then that is
+  the untouched weight, or near enough. Its basis is computed when the weight is met first, and kept with those of
+  SODA Loader;
+- else only the rotation applies, and the log says so once, with the remedy.
+
+Alone on a model, or before its LoRAs, a file does the same here as in SODA Loader.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+
+import comfy.weight_adapter
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from ...adapt import adapt
+from ...adapter import Decomposition, Layer, split_rows
+from ...bases import decompose_all
+from ...basis_cache import sample, weight_hash
+from ...decomposition import Basis, Key
+from ...errors import SodaMixError
+from ...file import NAME, read_layer
+from ...fit import REFUSED_ERROR, rotation_only, spectrum_error
+from ...kronecker import expm_factors, rotate
+from ...precision import CPU
+from .base import CACHE, matrix_shape
+
+log = logging.getLogger(__name__)
+REMEDY = "SODA Loader applies all of it"
+Rows = tuple[int, int] | None
+
+
+def register() -> None:
+    """Offer the class to all of ComfyUI's LoRA loaders; safe to call again."""
+    if not any(known.__name__ == StockAdapter.__name__ for known in comfy.weight_adapter.adapters):
+        comfy.weight_adapter.adapters.append(StockAdapter)
+
+
+class StockAdapter(WeightAdapterBase):
+    """What one file has for one weight.
+
+    `weights` is (file, ((rows, decomposition, delta, logs, sketch) ...)). Core copies the tensors among these to a
+    device and rebuilds the object as type(a)(loaded_keys, weights); what is no tensor it hands on.
+    """
+
+    name = "soda"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple):
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    @classmethod
+    def load(
+        cls, x: str, lora: Mapping[str, Tensor], alpha: float | None, dora_scale: Tensor | None,
+        loaded_keys: set[str] | None = None,
+    ) -> StockAdapter | None:  # fmt: skip
+        """What the tensors of a file have for the name `x` of core's key map; None if nothing.
+
+        Text encoders' names have a prefix there that they lack in the file. Raises SodaFileError for a damaged layer.
+        """
+        if NAME.fullmatch(next(iter(lora), "")) is None:  # one look at a LoRA, which may have thousands of names
+            return None
+        file = _File.of(lora)
+        path = x.removeprefix("text_encoders.")
+        if path not in file.layers:
+            return None
+        return cls(file.keys[path], (file, tuple(
+            (rows, layer.decomposition, layer.delta, layer.logs, layer.sketch)
+            for rows, layer in file.layers[path].items()
+        )))  # fmt: skip
+
+    def layers(self, device: torch.device, strength: float) -> list[tuple[Rows, Layer]]:
+        """The layers of this weight by rows, at a strength."""
+
+        def here(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return [
+            (rows, Layer(decomposition, here(delta), tuple(here(log) for log in logs), here(sketch)).scaled(strength))
+            for rows, decomposition, delta, logs, sketch in self.weights[1]
+        ]
+
+    def calculate_weight(
+        self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
+        original_weight=None,
+    ):  # fmt: skip
+        """Write the adapted weight into `weight`, (out, in) or (out, in, 1, 1), any dtype, and return it; fp32
+        arithmetic. Raises SodaMixError if the file is for another shape."""
+        matrix = weight.reshape(matrix_shape(weight.shape))
+        adapted = matrix.to(torch.float32, copy=True)
+        for rows, layer in self.layers(weight.device, strength):
+            place = slice(None) if rows is None else slice(*rows)
+            base = matrix[place].float()
+            layer, basis = self.weights[0].fitting(layer, base, key)
+            adapted[place] = adapt(base, [layer], basis)
+        return weight.copy_(adapted.reshape(weight.shape))
+
+    def bypass_forward(self, org_forward, x: Tensor, *args, **kwargs) -> Tensor:
+        """x (W R^T)^T + b = (x R) W^T + b: the rotation, without a look at the weight.
+
+        Each layer in a fused weight takes a forward of its own. Raises SodaMixError for qr, which turns outputs, and
+        for convolutions.
+        """
+        self.weights[0].tell("in bypass mode")
+        result = None
+        for rows, layer in self.layers(CPU, self.multiplier):
+            if layer.side == "output" or self.is_conv:
+                raise SodaMixError(f"bypass mode has no rotation of outputs and of convolutions; {REMEDY}")
+            # x R: R^T from the left is the rotation backwards
+            back = [factor.to(x) for factor in expm_factors([-log.double() for log in layer.logs], layer.sizes)]
+            out = org_forward(rotate(x.flatten(0, -2), back).reshape(x.shape), *args, **kwargs)
+            if rows is None:
+                return out
+            result = org_forward(x, *args, **kwargs) if result is None else result
+            result[..., slice(*rows)] = out[..., slice(*rows)]
+        return result
+
+
+class _File:
+    """The layers of one file by the weight's path and rows, and what has been said about it."""
+
+    last: _File | None = None
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self.keys: dict[str, set[str]] = {}
+        self.layers: dict[str, dict[Rows, Layer]] = {}
+        self.told = False
+        self.unfit: set[str] = set()  # samples of weights that the spectrum does not fit: decomposed once, not again
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(".soda_")
+            if name:
+                parts.setdefault(name, {})[part] = tensor.float()
+                self.keys.setdefault(split_rows(name)[0], set()).add(key)
+        for name in sorted(parts):
+            path, rows = split_rows(name)
+            self.layers.setdefault(path, {})[rows] = read_layer("the SODA file", name, parts[name])
+        self.bytes = sum(_basis_bytes(layer) for layers in self.layers.values() for layer in layers.values())
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> _File:
+        """Read once, for core asks name by name."""
+        if cls.last is None or cls.last.tensors is not tensors:
+            cls.last = cls(tensors)
+        return cls.last
+
+    def fitting(self, layer: Layer, weight: Tensor, key: str) -> tuple[Layer, dict[str, Basis]]:
+        """(the layer, or its rotation alone; the basis that it needs) on a weight (out, in), fp32."""
+        if layer.delta is None or layer.is_zero():
+            return layer, {}
+        if self.bytes > CACHE.memory:
+            self.tell(f"whose bases would take {self.bytes / 1e9:.0f} GB of memory")
+            return rotation_only({"": (layer,)})[""][0], {}
+        seen = sample(weight)
+        if seen in self.unfit:
+            return rotation_only({"": (layer,)})[""][0], {}
+        cached, basis = _basis(weight, seen, layer.decomposition)
+        if layer.sketch is not None:
+            host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
+            error = spectrum_error([(host, basis, weight.to(CPU))])
+            if error is not None and error > REFUSED_ERROR:
+                self.tell(f"where its spectrum would be off, by about {error:.0%} on {key}: behind another patch?")
+                self.unfit.add(seen)
+                return rotation_only({"": (layer,)})[""][0], {}
+        CACHE.put(cached, basis)
+        near = {name: tensor.to(weight.device) for name, tensor in basis.tensors().items()}
+        return layer, {layer.decomposition: Basis.of(layer.decomposition, near)}
+
+    def tell(self, where: str) -> None:
+        if not self.told:
+            log.warning("Of a SODA file only the rotation is applied %s. %s.", where, REMEDY)
+        self.told = True
+
+
+@lru_cache(maxsize=1 << 14)
+def _known(seen: str) -> list[str]:
+    """A place for the hash of the weight with this sample: hashing takes longer than adapting."""
+    return []
+
+
+def _basis(weight: Tensor, seen: str, decomposition: Decomposition) -> tuple[Key, Basis]:
+    """(cache key, basis on the CPU) of a weight (out, in), from the cache or computed now."""
+    known = _known(seen)
+    if not known:
+        known.append(weight_hash(_as_stored(weight)))
+    key: Key = (known[0], decomposition)
+    basis = CACHE.get(key, weight.shape)
+    if basis is None:
+        ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device)
+    return key, basis
+
+
+def _as_stored(weight: Tensor) -> Tensor:
+    """The 16 bit weight that core has cast to this one, if so: SODA Loader's bases go by the numbers as stored."""
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = weight.to(dtype)
+        if torch.equal(narrow.to(weight.dtype), weight):
+            return narrow
+    return weight
+
+
+def _basis_bytes(layer: Layer) -> int:
+    """Bytes of the basis that a layer's spectrum needs (see `decomposition`)."""
+    if layer.delta is None:
+        return 0
+    k = layer.delta.numel()
+    return 4 * k * (k if layer.decomposition == "svd" else layer.dimension)
