@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..soda.hosts.comfy import folders
+from ..soda.hosts.comfy import folders, routes
 from .loader import SodaLoader
 from .mix import SodaMix
 from .playground import SodaPlayground, SodaPlaygroundDrawings
@@ -24,6 +24,7 @@ class SodaExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         folders.register()
+        routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

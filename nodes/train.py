@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..soda.adapter import DECOMPOSITIONS
 from ..soda.errors import SodaTrainingError
@@ -97,7 +97,8 @@ class SodaTrain(io.ComfyNode):
                 io.LossMap.Output(display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Int.Output(display_name="steps", tooltip="The number of steps taken."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            has_intermediate_output=True,  # the strip of samples
         )
 
     @classmethod
@@ -115,12 +116,16 @@ class SodaTrain(io.ComfyNode):
         settings = TrainingSettings(
             steps=steps[0], learning_rate=learning_rate[0], batch_size=batch_size[0], seed=seed[0]
         )
-        progress = TrainingProgress(settings.steps, cls.hidden.unique_id)
-        adapter, losses = train_adapter(
-            model[0], samples, settings, decomposition[0], factors[0], role[0], progress, prompt, targets[0]
-        )
+        workflow = ((cls.hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
+        with TrainingProgress(settings.steps, cls.hidden.unique_id, workflow) as progress:
+            adapter, losses = train_adapter(
+                model[0], samples, settings, decomposition[0], factors[0], role[0], progress, prompt, targets[0]
+            )
         # ComfyUI may drop a result from its cache under memory pressure, and hours of training with it.
         path = folders.autosave_path()
         save(adapter, path)
         log.info("SODA Train: until ComfyUI restarts the adapter is also kept in %s", path)
-        return io.NodeOutput(adapter, {"loss": losses}, settings.steps)
+        shown = None
+        if progress.strip.samples:
+            shown = ui.ImageSaveHelper.get_save_images_ui(progress.strip.tensor(), "soda/training", cls)
+        return io.NodeOutput(adapter, {"loss": losses}, len(losses), ui=shown)

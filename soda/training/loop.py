@@ -49,12 +49,13 @@ def train(
     parameters: SodaParameters,
     loss_fn: Callable[[Mapping[str, Tensor], int], Tensor],
     settings: TrainingSettings,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], bool],
 ) -> list[float]:
     """Train `parameters` in place; returns the loss of every step.
 
     `loss_fn(weights, step)` gives the scalar loss under the adapted weights; `on_step(step, loss)` is told after each
-    step. Whatever either raises passes through. A loss or gradient that is not finite raises SodaTrainingError.
+    step and ends the training by returning True. Whatever either raises passes through. A loss or gradient that is
+    not finite raises SodaTrainingError.
     """
     optimizers: list[torch.optim.Optimizer] = []
     if parameters.rotations():
@@ -80,5 +81,6 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         losses.append(value)
-        on_step(step, value)
+        if on_step(step, value):
+            break
     return losses

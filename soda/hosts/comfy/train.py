@@ -7,8 +7,6 @@ ends, fails or is interrupted.
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from collections.abc import Iterator, Sequence
 
 import comfy.model_management
@@ -26,12 +24,9 @@ from .describe import training_metadata
 from .diffusion import DiffusionLoss
 from .inject import Injection
 from .patch import attached
-from .preview import SamplePrompt, sample
+from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .targets import attention_weights
-
-log = logging.getLogger(__name__)
-QUARTERS = 4
 
 
 def train_adapter(
@@ -67,12 +62,13 @@ def train_adapter(
                 injection.weights = adapted
                 return loss(step)
 
-            def on_step(step: int, value: float) -> None:
+            def on_step(step: int, value: float) -> bool:
                 progress.step(step, value)
-                if prompt is not None and _quarter_done(step, settings.steps):
+                if prompt is not None and prompt.due(step, settings.steps):
                     with torch.no_grad():
                         injection.weights = parameters()
-                    _show_sample(patcher, prompt, samples, step, progress)
+                    show_sample(patcher, prompt, tuple(samples[0].latent.shape), step, progress)
+                return progress.stop_requested()
 
             losses = run_loop(parameters, loss_fn, settings, on_step)
         layers = parameters.layers()
@@ -110,23 +106,3 @@ def _training_state(patcher: ModelPatcher) -> Iterator[None]:
         patcher.cleanup()
         if patcher.parent is not None and patcher.parent.is_dynamic():
             comfy.model_management.unload_model_and_clones(patcher)
-
-
-def _quarter_done(step: int, steps: int) -> bool:
-    return (step + 1) * QUARTERS // steps > step * QUARTERS // steps
-
-
-def _show_sample(
-    patcher: ModelPatcher, prompt: SamplePrompt, samples: Sequence[Sample], step: int, progress: TrainingProgress
-) -> None:
-    """A sample on the node. It is a courtesy: a failure is told there and does not end the training."""
-    started = time.monotonic()
-    try:
-        progress.preview(step, sample(patcher, prompt, tuple(samples[0].latent.shape)))
-    except Exception as error:
-        log.exception("The sample after step %d failed", step + 1)
-        progress.note(f"The sample after step {step + 1} failed: {error}")
-    finally:
-        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-        patcher.pre_run()
-        progress.pause(time.monotonic() - started)
