@@ -5,7 +5,7 @@
  * need, since single losses of a diffusion model stray far; it is logarithmic where that is a factor of 10 or more.
  */
 const NAMESPACE = "http://www.w3.org/2000/svg"
-const LEFT = 44
+const LEFT = 56
 const RIGHT = 8
 const TOP = 8
 const BOTTOM = 20
@@ -33,6 +33,15 @@ function roundNumbers(low, high, most) {
   return numbers
 }
 
+/** Numbers 1, 2, 5 times powers of ten between low and high; over a wide range the powers alone. */
+function logNumbers(low, high) {
+  const powers = []
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) powers.push(power)
+  const factors = powers.length > 3 ? [1] : [1, 2, 5]
+  const numbers = powers.flatMap((power) => factors.map((factor) => Number(`${factor}e${power}`)))
+  return numbers.filter((number) => number >= low && number <= high)
+}
+
 function range(points) {
   const losses = points.map(([, loss]) => loss).sort((a, b) => a - b)
   const smoothed = points.map(([, , value]) => value)
@@ -40,7 +49,7 @@ function range(points) {
   const low = Math.min(inner(0.02), ...smoothed)
   const high = Math.max(inner(0.98), ...smoothed)
   const log = low > 0 && high / low >= LOG_FROM
-  const margin = log ? (high / low) ** 0.05 : (high - low) * 0.05 || Math.abs(high) * 0.05 || 1
+  const margin = log ? (high / low) ** 0.05 : Math.max((high - low) * 0.05, Math.abs(high) * 0.01) || 1
   return log ? { low: low / margin, high: high * margin, log } : { low: low - margin, high: high + margin, log }
 }
 
@@ -61,9 +70,7 @@ export function drawCurve(svg, points, samples, width, height, colours) {
   }
   const label = { fill: colours.text, "font-size": 10, "font-family": "sans-serif" }
 
-  const decades = log ? roundNumbers(Math.log10(low), Math.log10(high), 4).map((power) => 10 ** power) : []
-  const lossTicks = decades.length >= 2 ? decades : roundNumbers(low, high, 4)
-  for (const loss of lossTicks) {
+  for (const loss of log ? logNumbers(low, high) : roundNumbers(low, high, 4)) {
     add(svg, "line", { x1: LEFT, x2: width - RIGHT, y1: y(loss), y2: y(loss), stroke: colours.grid })
     add(svg, "text", { ...label, x: LEFT - 4, y: y(loss) + 3, "text-anchor": "end" }, short(loss))
   }

@@ -64,14 +64,19 @@ function showAll() {
   trainings.forEach(show)
 }
 
-async function askForAll() {
-  const answer = await api.fetchApi("/soda/training")
-  for (const training of (await answer.json()).trainings) {
-    const known = trainings.get(keyOf(training))
-    const newer = known?.prompt === training.prompt && known.done > training.done
-    if (!newer) trainings.set(keyOf(training), training)
-  }
-  showAll()
+function askForAll() {
+  return api
+    .fetchApi("/soda/training")
+    .then((answer) => answer.json())
+    .then((all) => {
+      for (const training of all.trainings) {
+        const known = trainings.get(keyOf(training))
+        const newer = known?.prompt === training.prompt && known.done > training.done
+        if (!newer) trainings.set(keyOf(training), training)
+      }
+      showAll()
+    })
+    .catch((error) => console.error("SODA: the trainings on the server are unknown:", error))
 }
 
 function continueWith(news) {
@@ -82,6 +87,14 @@ function continueWith(news) {
   const training = { ...news, points: [...kept, ...news.points] }
   trainings.set(keyOf(news), training)
   show(training)
+}
+
+/** On the classic canvas the last sample shown on the way hides the strip of all samples that the node ends with. */
+function showStrip(id) {
+  const node = findNode(id)
+  if (node?.comfyClass !== "SodaTrain") return
+  delete app.nodePreviewImages[node.graph.isRootGraph ? node.id : `${node.graph.id}:${node.id}`]
+  node.setDirtyCanvas(true)
 }
 
 async function stop(training) {
@@ -163,8 +176,9 @@ app.registerExtension({
 
   setup() {
     api.addEventListener(EVENT, ({ detail }) => continueWith(detail))
+    api.addEventListener("executed", ({ detail }) => detail.output?.images && showStrip(detail.display_node))
     api.addEventListener("reconnected", askForAll)
-    askForAll().catch((error) => console.error("SODA: the trainings on the server are unknown:", error))
+    askForAll()
   },
 
   afterConfigureGraph() {

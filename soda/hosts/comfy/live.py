@@ -54,7 +54,8 @@ class LiveTraining:
         with _lock:
             _trainings.pop((self.workflow, self.node), None)
             _trainings[self.workflow, self.node] = self
-            for key in [key for key, training in _trainings.items() if not training.running][: len(_trainings) - KEPT]:
+            over = [key for key, training in _trainings.items() if not training.running]
+            for key in over[: max(0, len(_trainings) - KEPT)]:
                 del _trainings[key]
         self.tell()
 
