@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..soda.hosts.comfy import folders, stock
+from ..soda.hosts.comfy import folders, routes, stock
 from .loader import SodaLoader
 from .mix import SodaMix
 from .playground import SodaPlayground, SodaPlaygroundDrawings
@@ -27,6 +27,7 @@ class SodaExtension(ComfyExtension):
     async def on_load(self) -> None:
         folders.register()
         stock.register()
+        routes.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

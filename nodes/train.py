@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..soda.adapter import DECOMPOSITIONS
 from ..soda.errors import SodaTrainingError
@@ -93,7 +93,8 @@ class SodaTrain(io.ComfyNode):
                     default="",
                     optional=True,
                     multiline=True,
-                    tooltip="Shows a sample of this prompt at every quarter of the training. Needs clip and vae.",
+                    tooltip="Shows a sample of this prompt at every quarter of the training (or as often as sample_every in "
+                    "SODA Train Options says). Needs clip and vae.",
                 ),
                 SODA_TRAIN_OPTIONS.Input("options", optional=True, tooltip="From SODA Train Options."),
                 SODA_ADAPTER.Input(
@@ -120,7 +121,8 @@ class SodaTrain(io.ComfyNode):
                 io.LossMap.Output(display_name="loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
                 io.Int.Output(display_name="steps", tooltip="The number of steps taken."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            has_intermediate_output=True,  # the strip of samples
         )
 
     @classmethod
@@ -148,8 +150,9 @@ class SodaTrain(io.ComfyNode):
         if text:
             if clip is None or vae is None:
                 raise SodaTrainingError("sample_prompt needs a clip and a vae to show samples: wire both, or empty it.")
-            prompt = SamplePrompt(clip, vae, text, seed)
-        progress = TrainingProgress(steps[0], cls.hidden.unique_id)
+            prompt = SamplePrompt(clip, vae, text, seed, options.sample_every)
+        workflow = ((cls.hidden.extra_pnginfo or {}).get("workflow") or {}).get("id")
+        progress = TrainingProgress(steps[0], cls.hidden.unique_id, workflow)
         targets = resolve(model, targets, role)
         rate = learning_rate[0]
         if not rate:
@@ -164,8 +167,12 @@ class SodaTrain(io.ComfyNode):
             prior=dataset.collect(prior_latents, prior_positive) if prior_latents is not None else (),
             empty=dataset.empty_caption(clip) if settings.caption_dropout and clip is not None else None,
         )
-        adapter, losses = train_or_reuse(
-            model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
-            reuse[0] if reuse else True,
-        )  # fmt: skip
-        return io.NodeOutput(adapter, {"loss": losses}, len(losses))
+        with progress:
+            adapter, losses = train_or_reuse(
+                model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
+                reuse[0] if reuse else True,
+            )  # fmt: skip
+        shown = None
+        if progress.strip.samples:
+            shown = ui.ImageSaveHelper.get_save_images_ui(progress.strip.tensor(), "soda/training", cls)
+        return io.NodeOutput(adapter, {"loss": losses}, len(losses), ui=shown)

@@ -96,6 +96,13 @@ class SodaTrainOptions(io.ComfyNode):
                     max=100000,
                     tooltip="A crash or a power cut loses at most this many steps. Cancelling loses none.",
                 ),
+                io.Int.Input(
+                    "sample_every",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps from one sample of SODA Train's sample_prompt to the next. 0: one at each quarter.",
+                ),
                 io.String.Input(
                     "layers",
                     default="",
@@ -123,11 +130,15 @@ class SodaTrainOptions(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, loss: dict, timesteps: dict, layers: str, augment: dict, **settings) -> io.NodeOutput:
+    def execute(
+        cls, loss: dict, timesteps: dict, layers: str, augment: dict, sample_every: int, **settings
+    ) -> io.NodeOutput:
         objective = {key: value for key, value in loss.items() if key != "loss"}
         levels = Timesteps(timesteps["timesteps"], **{k: v for k, v in timesteps.items() if k != "timesteps"})
         varied = {key: value for key, value in augment.items() if key != "augment"}
         together = {**settings, "loss": loss["loss"], **objective, "timesteps": levels}
         return io.NodeOutput(
-            TrainingOptions(together, layers.strip(), Augment(**varied) if augment["augment"] == "on" else None)
+            TrainingOptions(
+                together, layers.strip(), Augment(**varied) if augment["augment"] == "on" else None, sample_every
+            )
         )

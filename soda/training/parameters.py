@@ -29,6 +29,12 @@ class ShapeGroup(nn.Module):
     """All weights of one shape: their base `(B, out, in)` and its basis in the dtype of the weights, fp32 deltas, and
     places of their factors."""
 
+    base: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    spectrum: Tensor
+    live: Tensor
+
     def __init__(
         self, weights: Mapping[str, Tensor], decomposition: Decomposition, factors: Factors, dtype: torch.dtype
     ):
@@ -37,7 +43,7 @@ class ShapeGroup(nn.Module):
         self.register_buffer("base", torch.stack([w.detach().to(dtype) for w in weights.values()]), persistent=False)
         self.sizes = _sizes(self.base.shape[1 if decomposition == "qr" else 2], factors)
         self.rows: list[slice] = []  # of factor j in the bank of size n_j
-        self.delta = None
+        self.delta: nn.Parameter | None = None
         basis = _basis(weights, decomposition, self.base)
         if basis is not None:
             for part in ("left", "right"):
@@ -48,10 +54,12 @@ class ShapeGroup(nn.Module):
             self.delta = nn.Parameter(torch.zeros_like(basis.spectrum))
 
     def basis(self) -> Basis:
+        """The basis of the base, `(B, ...)`; there is none for `none`."""
         return Basis(self.decomposition, self.left, self.right, self.spectrum, self.live)
 
     def held_delta(self) -> Tensor:
         """delta `(B, k)`, for svd at no less than -sigma, and 0 where the spectrum is not live."""
+        assert self.delta is not None
         delta = torch.maximum(self.delta, -self.spectrum) if self.decomposition == "svd" else self.delta
         return torch.where(self.live, delta, 0.0)
 
@@ -64,9 +72,9 @@ class ShapeGroup(nn.Module):
         if self.delta is None:
             return self.base
         delta = self.held_delta().to(self.base.dtype)
-        if self.decomposition == "lq" and self.right.shape == self.base.shape:
+        if self.left is None and self.right is not None and self.right.shape == self.base.shape:
             return torch.addcmul(self.base, delta[..., None], self.right)
-        if self.decomposition == "svd":
+        if self.left is not None and self.right is not None:
             return torch.baddbmm(self.base, self.left * delta[..., None, :], self.right)
         return self.base + self.change()
 

@@ -158,7 +158,7 @@ def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, words: st
         "MakeTrainingDataset", (380, 310, 280, 110), images=images, texts=texts, vae=base("VAE"), clip=base("CLIP")
     )
     trained = w.node(
-        "SodaTrain", (700, 310, 360, 540), **settings, model=base("MODEL"), latents=data("latents"),
+        "SodaTrain", (700, 310, 360, 760), **settings, model=base("MODEL"), latents=data("latents"),
         positive=data("conditioning"),
     )  # fmt: skip
     w.node("LossGraphNode", (380, 490, 280, 360), loss=trained(LOSS), filename_prefix="soda_loss")
@@ -168,9 +168,9 @@ def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, words: st
     mix = w.node("SodaMix", (1140, 570, 320, 280), model=base("MODEL"), clip=base("CLIP"),
                  **rows({"adapter_name": "(wired)", "weight": 1.0}), **{WIRED: saved(ADAPTER)})  # fmt: skip
     models = {"Before training": base("MODEL"), "After training": mix("MODEL")}
-    w.group("2. Train", "green", (360, 240, 720, 630))
-    w.group("3. Save, and use the saved file", "brown", (1120, 240, 360, 630))
-    sampling(w, 910, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), prompt, models)
+    w.group("2. Train", "green", (360, 240, 720, 850))
+    w.group("3. Save, and use the saved file", "brown", (1120, 240, 360, 850))
+    sampling(w, 1130, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), prompt, models)
 
 
 def train_and_use() -> Workflow:
@@ -179,7 +179,7 @@ def train_and_use() -> Workflow:
     base = w.node("SodaPlayground", (20, 310, 280, 90))
     drawings = w.node("SodaPlaygroundDrawings", (20, 460, 280, 90), concept="pom")
     w.node("PreviewImage", (20, 610, 280, 240), "The drawings", images=drawings("images"))
-    w.group("1. Model and drawings", "blue", (0, 240, 320, 630))
+    w.group("1. Model and drawings", "blue", (0, 240, 320, 850))
     images, texts = drawings("images"), drawings("texts")
     train(w, base, images, texts, "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, learning_rate=0.015,
           role="subject", targets="cross-attention")
@@ -195,7 +195,7 @@ def train_on_photos() -> Workflow:
         "ImageScale", (20, 630, 280, 160), "Resize to the model's size", image=photos("images"),
         upscale_method="area", width=64, height=64, crop="center",
     )  # fmt: skip
-    w.group("1. Model and photos", "blue", (0, 240, 320, 630))
+    w.group("1. Model and photos", "blue", (0, 240, 320, 850))
     train(w, base, small("IMAGE"), photos("texts"), "my_photos", "sks dog", PHOTOS_PROMPT, steps=STEPS, role="subject")
     return w
 

@@ -12,6 +12,7 @@ from .augment import Augment
 @dataclass(frozen=True)
 class TrainingOptions:
     """settings: fields of `TrainingSettings` by name. layers: a pattern over layer names, "" for all.
+    sample_every: steps from one sample to the next, 0 for one at each quarter.
 
     Raises SodaTrainingError for settings out of range.
     """
@@ -19,6 +20,7 @@ class TrainingOptions:
     settings: Mapping[str, object]
     layers: str = ""
     augment: Augment | None = None
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
         TrainingSettings(**self.settings)

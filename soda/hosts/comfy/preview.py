@@ -2,33 +2,83 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import comfy.model_management
 import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
+if TYPE_CHECKING:
+    from .progress import TrainingProgress
+
+log = logging.getLogger(__name__)
 STEPS = 20
 CFG = 4.0
 LARGEST = 512  # pixels on the node
+QUARTERS = 4
+GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """What to sample with: the CLIP and VAE wired to the node, the prompt, a seed."""
+    """What to sample with and when: the CLIP and VAE wired to the node, the prompt, a seed, the steps from one sample
+    to the next (0: one at each quarter of the training)."""
 
     clip: Any
     vae: Any
     text: str
     seed: int
+    every: int = 0
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a sample comes after `step`, counted from 0; there is one after the last step in any case."""
+        done = step + 1
+        if self.every:
+            return done % self.every == 0 or done == steps
+        return done * QUARTERS // steps > step * QUARTERS // steps
+
+    @cached_property
+    def conditioning(self) -> tuple[list, list]:
+        """Positive and negative, encoded once: the text encoder would push the model that trains out of the memory."""
+        with torch.inference_mode():
+            return tuple(self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text)) for text in (self.text, ""))
+
+
+def show_sample(
+    patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...], step: int, progress: TrainingProgress
+) -> None:
+    """Show a sample made after `step` on the node; latent_shape (1, C, H, W) as the VAE gives it.
+
+    It is a courtesy: one that would not fit into the memory, or fails, is told there and does not end the training.
+    """
+    started = time.monotonic()
+    try:
+        missing = _missing_memory(patcher, prompt, latent_shape)
+        if missing > 0:
+            progress.note(f"No sample after step {step + 1}: it needs {missing / GIB:.1f} GiB more memory.")
+        else:
+            progress.preview(step, sample(patcher, prompt, latent_shape))
+    except Exception as error:
+        log.exception("The sample after step %d failed", step + 1)
+        out_of_memory = comfy.model_management.is_oom(error)
+        progress.note(f"The sample after step {step + 1} failed: {'out of memory' if out_of_memory else error}")
+    finally:
+        comfy.model_management.soft_empty_cache()
+        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        patcher.pre_run()
+        progress.pause(time.monotonic() - started)
 
 
 def sample(patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...]) -> Image.Image:
     """One image of `patcher` with the weights it computes with now; latent_shape (1, C, H, W) as the VAE gives it."""
     with torch.inference_mode():
-        positive, negative = (_encode(prompt.clip, text) for text in (prompt.text, ""))
+        positive, negative = prompt.conditioning
         latent = torch.zeros(latent_shape)
         noise = comfy.sample.prepare_noise(latent, prompt.seed)
         result = comfy.sample.sample(
@@ -44,5 +94,15 @@ def image_of(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray((first.clamp(0, 1) * 255).round().to(device="cpu", dtype=torch.uint8).numpy())
 
 
-def _encode(clip, text: str):
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+def _missing_memory(patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...]) -> float:
+    """Bytes that are short for sampling with guidance and then decoding beside the model that trains; ≤ 0: none.
+
+    By ComfyUI's own estimates, with the margin that it keeps on a GPU before it unloads other models.
+    """
+    device = patcher.load_device
+    vae = prompt.vae
+    decoding = vae.memory_used_decode(latent_shape, vae.vae_dtype) + vae.patcher.model_size()
+    needed = max(patcher.memory_required([2 * latent_shape[0], *latent_shape[1:]]), decoding)
+    if not comfy.model_management.is_device_cpu(device):
+        needed += comfy.model_management.minimum_inference_memory()
+    return needed - comfy.model_management.get_free_memory(device)

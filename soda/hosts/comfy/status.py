@@ -23,6 +23,13 @@ def send(text: str, node_id: str | None) -> None:
         server.send_progress_text(text, node_id)
 
 
+def broadcast(event: str, data: dict) -> None:
+    """Send an event of the pack's own to every open page; `data` must not change afterwards."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.send_sync(event, data)
+
+
 class Throttle:
     """True at most once in `seconds`: keeps a fast loop from flooding a websocket or a log."""
 

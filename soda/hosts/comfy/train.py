@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +33,10 @@ from .differentiable import differentiated
 from .diffusion import DiffusionLosses, transformer_options
 from .identity import layer_hashes, run_hash
 from .inject import Injection
-from .preview import SamplePrompt, sample
+from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .store import KeptRun
 
-log = logging.getLogger(__name__)
-QUARTERS = 4
 NOT_KEPT = "This run is not kept on disk"
 
 
@@ -236,10 +232,11 @@ class _Watch:
 
     def step(self, step: int, loss: float) -> None:
         self.progress.step(step, loss)
-        if self.prompt is not None and _quarter_done(step, self.run.settings.steps):
+        if self.prompt is not None and self.prompt.due(step, self.run.settings.steps):
             with torch.no_grad(), self.run.settled():
                 self.injection.weights = self.run.parameters()
-            _show_sample(self.patcher, self.prompt, self.samples, step, self.progress)
+            shape = tuple(self.samples[0].latent.shape)
+            show_sample(self.patcher, self.prompt, shape, step, self.progress)
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
@@ -272,23 +269,3 @@ def _training_state(patcher: ModelPatcher) -> Iterator[None]:
         patcher.cleanup()
         if patcher.parent is not None and patcher.parent.is_dynamic():
             comfy.model_management.unload_model_and_clones(patcher)
-
-
-def _quarter_done(step: int, steps: int) -> bool:
-    return (step + 1) * QUARTERS // steps > step * QUARTERS // steps
-
-
-def _show_sample(
-    patcher: ModelPatcher, prompt: SamplePrompt, samples: Sequence[Sample], step: int, progress: TrainingProgress
-) -> None:
-    """A sample on the node. It is a courtesy: a failure is told there and does not end the training."""
-    started = time.monotonic()
-    try:
-        progress.preview(step, sample(patcher, prompt, tuple(samples[0].latent.shape)))
-    except Exception as error:
-        log.exception("The sample after step %d failed", step + 1)
-        progress.note(f"The sample after step {step + 1} failed: {error}")
-    finally:
-        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-        patcher.pre_run()
-        progress.pause(time.monotonic() - started)
