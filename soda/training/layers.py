@@ -59,7 +59,7 @@ def difference(total: Layers, frozen: Layers, base: Layers) -> dict[str, tuple[L
 
     base: `total` as it was with the frozen adapters alone, whose delta and sketch are those on this very base.
     """
-    found = {}
+    found: dict[str, tuple[Layer, ...]] = {}
     for name, (layer,) in total.items():
         if name in frozen:
             (still,), (held,) = frozen[name], base[name]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -135,10 +136,11 @@ class SodaParameters(nn.Module):
                     "model or leave this layer out"
                 )
             by_shape.setdefault(tuple(weight.shape), []).append(name)
-        self.groups = nn.ModuleList(
+        groups = nn.ModuleList(
             ShapeGroup({name: weights[name] for name in names}, decomposition, factors, dtype)
             for names in by_shape.values()
         )
+        self.groups = cast(Sequence[ShapeGroup], groups)
         counts: dict[int, int] = {}
         for group in self.groups if rotation else ():
             for n in group.sizes:
@@ -175,11 +177,9 @@ class SodaParameters(nn.Module):
         for group in self.groups:
             logs = [triangle(log_rotation(factor)).float().cpu() for factor in self._factors(group)]
             logs = logs or [torch.zeros(len(group.names), n * (n - 1) // 2) for n in group.sizes]
-            deltas = sketches = [None] * len(group.names)
-            if group.delta is not None:
-                deltas, sketches = group.held_delta().cpu(), sketch(group.change())
+            spectra = None if group.delta is None else (group.held_delta().cpu(), sketch(group.change()))
             for i, name in enumerate(group.names):
-                delta = None if deltas[i] is None else deltas[i].clone()
-                layer = Layer(group.decomposition, delta, tuple(log[i].clone() for log in logs), sketches[i])
+                delta, drawn = (None, None) if spectra is None else (spectra[0][i].clone(), spectra[1][i])
+                layer = Layer(group.decomposition, delta, tuple(log[i].clone() for log in logs), drawn)
                 layers[name] = (layer,)
         return layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ...training.settings import TrainingSettings
 from .augment import Augment
@@ -17,7 +18,7 @@ class TrainingOptions:
     Raises SodaTrainingError for settings out of range.
     """
 
-    settings: Mapping[str, object]
+    settings: Mapping[str, Any]
     layers: str = ""
     augment: Augment | None = None
     sample_every: int = 0

@@ -8,6 +8,7 @@ not matter, and unpatching, low VRAM and dynamic VRAM come from core.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -55,7 +56,7 @@ class SodaWeightAdapter(WeightAdapterBase):
         """Write the adapted weight into `weight`, (out, in) or (out, in, 1, 1), any dtype, and return it; fp32
         arithmetic."""
 
-        def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        def here(tensor: Any) -> Any:  # a tensor or None
             return None if tensor is None else tensor.to(weight.device)
 
         layers, basis = [], {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import comfy.weight_adapter
 import torch
@@ -82,7 +83,7 @@ class StockAdapter(WeightAdapterBase):
     def layers(self, device: torch.device, strength: float) -> list[tuple[Rows, Layer]]:
         """The layers of this weight by rows, at a strength."""
 
-        def here(tensor: Tensor | None) -> Tensor | None:
+        def here(tensor: Any) -> Any:  # a tensor or None
             return None if tensor is None else tensor.to(device)
 
         return [
@@ -112,7 +113,7 @@ class StockAdapter(WeightAdapterBase):
         for convolutions.
         """
         self.weights[0].tell("in bypass mode")
-        result = None
+        result: Any = None
         for rows, layer in self.layers(CPU, self.multiplier):
             if layer.side == "output" or self.is_conv:
                 raise SodaMixError(f"bypass mode has no rotation of outputs and of convolutions; {REMEDY}")

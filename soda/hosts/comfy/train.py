@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from ...adapter import Adapter, Decomposition, Layer
 from ...errors import SodaFileError, SodaTrainingError
 from ...training.layers import added, difference, put
-from ...training.loop import train
+from ...training.loop import Keep, train
 from ...training.parameters import SodaParameters
 from ...training.run import Diverged, TrainingRun
 from ...training.settings import TrainingSettings
@@ -143,15 +143,11 @@ def _train(
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 return batches(index)
 
-            def keep(state: dict[str, Any]) -> None:
-                with _told(progress):
-                    kept.keep(state)
-
             watch = _Watch(progress, run, injection, patcher, prompt, samples)
             losses_of = DiffusionLosses(patcher, injection, settings, reference)
             try:
                 losses = differentiated(
-                    lambda: train(run, batch_of, losses_of, watch, keep if kept is not None else None)
+                    lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress))
                 )
             except Diverged as error:
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
@@ -207,6 +203,17 @@ def _last_good(run: TrainingRun, kept: KeptRun | None) -> str:
         return "."
     path = kept.keep_last_good(Adapter(run.parameters.layers(), {}, "last good"))
     return f". The adapter as it was after step {run.step} is kept in {path}."
+
+
+def _keeper(kept: KeptRun | None, progress: TrainingProgress) -> Keep | None:
+    if kept is None:
+        return None
+
+    def keep(state: dict[str, Any]) -> None:
+        with _told(progress):
+            kept.keep(state)
+
+    return keep
 
 
 @contextlib.contextmanager
