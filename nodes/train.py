@@ -93,8 +93,8 @@ class SodaTrain(io.ComfyNode):
                     default="",
                     optional=True,
                     multiline=True,
-                    tooltip="Shows a sample of this prompt at every quarter of the training, or as often as sample_every "
-                    "in SODA Train Options says. Needs clip and vae.",
+                    tooltip="Shows a sample of this prompt at every quarter of the training, or as often as "
+                    "sample_every in SODA Train Options says. Needs clip and vae.",
                 ),
                 SODA_TRAIN_OPTIONS.Input("options", optional=True, tooltip="From SODA Train Options."),
                 SODA_ADAPTER.Input(

@@ -25,7 +25,7 @@ from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from soda_pack.soda.hosts.comfy.train import train_adapter
-from soda_pack.soda.training.loop import TrainingSettings
+from soda_pack.soda.training.settings import TrainingSettings
 
 CLASSES = [kind.__name__ for kind in comfy.supported_models.models]
 TABLE = Path(__file__).with_name("projections.txt")

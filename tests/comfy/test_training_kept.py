@@ -60,7 +60,8 @@ def test_cancelled_and_queued_again_is_uncancelled_bit_for_bit(folder, at):
     watcher = Watcher(12)
     again, resumed = kept(small_model(), progress=watcher)
     assert resumed == losses and again.content_hash == whole.content_hash
-    assert f"Went on from step {at + 1}" in watcher.notes[-1] and watcher.seen == list(range(12))
+    assert f"Went on from step {at + 1}" in watcher.notes[-1]
+    assert watcher.restored == losses[: at + 1] and watcher.seen == list(range(at + 1, 12))
     assert endings(folder) == [".losses.json", FINISHED]
 
 
@@ -69,7 +70,8 @@ def test_the_same_inputs_are_not_trained_twice(folder):
     watcher = Watcher(12, lambda step: None)
     second, again = kept(small_model(), progress=watcher)
     assert again == losses and second.content_hash == first.content_hash and second.metadata["soda.role"] == "subject"
-    assert "trained before" in watcher.notes[0] and watcher.seen == list(range(12))  # the curve is shown
+    assert "trained before" in watcher.notes[0] and not watcher.seen
+    assert watcher.restored == losses  # the curve is shown
     watcher = Watcher(12)
     anew, third = kept(small_model(), progress=watcher, reuse=False)
     assert third == losses and anew.content_hash == first.content_hash and not watcher.notes

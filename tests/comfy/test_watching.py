@@ -13,7 +13,7 @@ from soda_pack.soda.hosts.comfy.preview import SamplePrompt
 from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.strip import COLUMNS, MOST, Strip
 from soda_pack.soda.hosts.comfy.train import train_adapter
-from soda_pack.soda.training.loop import TrainingSettings
+from soda_pack.soda.training.settings import TrainingSettings
 
 
 def curve(losses) -> LossCurve:

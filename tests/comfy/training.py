@@ -22,7 +22,11 @@ class Watcher(TrainingProgress):
         super().__init__(steps, None)
         self.at = at
         self.previews = []
-        self.seen = []
+        self.seen, self.restored = [], []
+
+    def restore(self, losses):
+        self.restored = list(losses)
+        super().restore(losses)
 
     def step(self, step, loss):
         super().step(step, loss)

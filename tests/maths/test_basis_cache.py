@@ -28,6 +28,12 @@ def same(a, b):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def near(a, b):
+    """The same but for rounding: a matrix of a batch may round unlike the same one alone, by the processor."""
+    one, two = a.tensors(), b.tensors()
+    return one.keys() == two.keys() and all(torch.allclose(one[n].float(), two[n].float(), atol=1e-5) for n in one)
+
+
 def size_on_disk(folder):
     return sum(f.stat().st_size for f in folder.glob(f"*{SUFFIX}"))
 
@@ -60,7 +66,7 @@ def hashed(monkeypatch):
 def test_what_comes_back_is_what_was_computed(tmp_path, computed, decomposition, shape):
     weights = some_weights(shape=shape)
     first = dict(BasisCache(folder=tmp_path).bases(weights, decomposition))
-    assert len(computed) == 4 and all(same(first[n], decompose(w, decomposition)) for n, w in weights.items())
+    assert len(computed) == 4 and all(near(first[n], decompose(w, decomposition)) for n, w in weights.items())
     told = []
     again = BasisCache(folder=tmp_path)
     renamed = {f"other.{name}": w for name, w in weights.items()}
@@ -211,7 +217,7 @@ def test_a_folder_that_cannot_be_written_does_not_fail_the_job(tmp_path, monkeyp
         weights = some_weights()
         cache = BasisCache(folder=folder)
         found = dict(cache.bases(weights, "lq"))
-        assert all(same(found[name], decompose(w, "lq")) for name, w in weights.items())
+        assert all(near(found[name], decompose(w, "lq")) for name, w in weights.items())
         assert len(caplog.records) == 1 and str(folder) in caplog.text
         assert not folder.exists() or not any(folder.iterdir())
         assert cache.size > 0  # kept in memory all the same

@@ -37,6 +37,7 @@ from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .store import KeptRun
 
+FP16_SCALE = 1024.0
 NOT_KEPT = "This run is not kept on disk"
 
 
@@ -128,23 +129,24 @@ def _train(
     comfy.model_management.load_models_gpu([patcher], memory, force_full_load=True)
     # Nodes run under inference mode, whose tensors know no gradients.
     with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
-        weights = {layer: layer_weight(patcher, layer).to(torch.float32) for layer in keys}
-        weights = {layer: w.clone() if w.is_inference() else w for layer, w in weights.items()}
-        parameters = SodaParameters(weights, decomposition, factors).to(patcher.load_device)
+        dtype = _dtype(patcher)
+        weights = {layer: _weight(patcher, layer) for layer in keys}
+        parameters = SodaParameters(weights, decomposition, factors, dtype=dtype)
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
         batches = Batches(patcher, samples, settings, extras.empty, extras.prior)
-        run = TrainingRun(parameters, settings)
-        if kept is not None and resume:
-            _resume(run, kept, progress)
         with Injection(patcher, keys) as injection:
             transformer_options(patcher)
+            losses_of = DiffusionLosses(patcher, injection, settings, reference)
+            scale = FP16_SCALE if dtype == torch.float16 else 1.0
+            run = TrainingRun(parameters, settings, scale, recorded=patcher.load_device.type == "cuda")
+            if kept is not None and resume:
+                _resume(run, kept, progress)
 
             def batch_of(index: int):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 return batches(index)
 
             watch = _Watch(progress, run, injection, patcher, prompt, samples)
-            losses_of = DiffusionLosses(patcher, injection, settings, reference)
             try:
                 losses = differentiated(
                     lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress))
@@ -155,6 +157,19 @@ def _train(
     hashes = layer_hashes(model, keys)
     metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, hashes)
     return Adapter(layers, metadata, "trained adapter"), losses
+
+
+def _dtype(patcher: ModelPatcher) -> torch.dtype:
+    """What the adapted weights are made in: the dtype the model computes in, fp32 if that is no half precision."""
+    dtype = patcher.model.get_dtype_inference()
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
+    """The base weight of a layer on the training device, as a tensor that may take part in training."""
+    weight = layer_weight(patcher, layer).to(patcher.load_device)
+    weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
+    return weight.clone() if weight.is_inference() else weight
 
 
 def _start(
@@ -242,8 +257,15 @@ class _Watch:
         if self.prompt is not None and self.prompt.due(step, self.run.settings.steps):
             with torch.no_grad(), self.run.settled():
                 self.injection.weights = self.run.parameters()
-            shape = tuple(self.samples[0].latent.shape)
+            shape, places = tuple(self.samples[0].latent.shape), _places(self.patcher)
             show_sample(self.patcher, self.prompt, shape, step, self.progress)
+            if _places(self.patcher) != places:
+                self.run.moved()
+
+
+def _places(patcher: ModelPatcher) -> list[int]:
+    """Where the model's weights lie in memory."""
+    return [p.data_ptr() for p in patcher.model.parameters()]
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
