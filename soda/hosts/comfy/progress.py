@@ -30,6 +30,7 @@ class TrainingProgress:
         self.steps = steps
         self.node_id = node_id
         self.notes: list[str] = []
+        self._line = ""
         self.strip = Strip()
         self._live = LiveTraining(steps, node_id, workflow)
         self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
@@ -59,11 +60,11 @@ class TrainingProgress:
         self._live.step(done, loss, left)
         self._bar.update_absolute(done, self.steps)
         last = done == self.steps or self.stop_requested()
-        line = f"step {done}/{self.steps}, loss {self._live.curve.smoothed:.4f}, {duration(left)} left"
+        self._line = f"step {done}/{self.steps}, loss {self._live.curve.smoothed:.4f}, {duration(left)} left"
         if self._text.ready() or last:
-            send("\n".join([line, *self.notes[-NOTES:]]), self.node_id)
+            self._send()
         if self._log.ready() or last:
-            log.info("SODA Train: %s", line)
+            log.info("SODA Train: %s", self._line)
 
     def stop_requested(self) -> bool:
         """Whether a page asked to stop and keep what is learnt. Asked once per step, after it."""
@@ -79,10 +80,14 @@ class TrainingProgress:
         """A sentence that stays on the node below the running line."""
         self.notes.append(text)
         log.warning("SODA Train: %s", text)
+        self._send()
 
     def pause(self, seconds: float) -> None:
         """Leave `seconds`, spent on something else than steps, out of the time left."""
         self._start += seconds
+
+    def _send(self) -> None:
+        send("\n".join(line for line in (self._line, *self.notes[-NOTES:]) if line), self.node_id)
 
     def _time_left(self, done: int) -> float:
         """At the pace so far, without the first step where there are more: it also readies the model."""
