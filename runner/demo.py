@@ -123,6 +123,7 @@ def run(options: argparse.Namespace, status: Status) -> None:
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     status.update("Starting ComfyUI ...")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait awake for a moment: a sixth less time a step
     log = output / "comfyui.log"
     arguments = server_arguments()
     with Server(options.comfyui, sys.executable, REPOSITORY, output=output, port=options.port, arguments=arguments,

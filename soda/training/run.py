@@ -57,10 +57,11 @@ class TrainingRun:
                 parameters.spectra(), lr=settings.learning_rate, weight_decay=0.0
             )
         self.trained = [*parameters.rotations(), *parameters.spectra()]
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter)
+        self._gradients = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.trained]
+        for parameter, gradient in zip(self.trained, self._gradients, strict=True):
+            parameter.grad = gradient
         self._scale = loss_scale / settings.accumulation
-        self._graphs = Graphs([p.grad for p in self.trained]) if recorded else None
+        self._graphs = Graphs(self._gradients) if recorded else None
         self.average = Average(parameters.rotations(), parameters.spectra(), settings.ema) if settings.ema else None
         self.guard = Guard()
         self.losses: list[float] = []
@@ -97,7 +98,7 @@ class TrainingRun:
             batch = batch_of(self.step * settings.accumulation + part)
             totals.append(passes(batch) if self._graphs is None else self._graphs(passes, batch).clone())
         if self._scale * settings.accumulation != 1.0:
-            torch._foreach_div_([p.grad for p in self.trained], self._scale * settings.accumulation)
+            torch._foreach_div_(self._gradients, self._scale * settings.accumulation)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip or math.inf)
         loss, error, size = torch.cat([torch.stack(totals).mean(0), norm.reshape(1)]).tolist()
         at = f"at step {self.step + 1} of {settings.steps}"

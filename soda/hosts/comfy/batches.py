@@ -123,7 +123,8 @@ class _Data:
             conds = comfy.samplers.process_conds(self.model, noise, conds, self.device, latent, seed=self.settings.seed)
             encoded = conds["positive"][0]["model_conds"]
             self._known[key] = {
-                name: _trainable(value.process_cond(batch_size=1, area=None)) for name, value in encoded.items()
+                name: _trainable(value.process_cond(batch_size=1, area=None), self.device)
+                for name, value in encoded.items()
             }
         return self._known[key]
 
@@ -141,10 +142,12 @@ def _alike(conditions: Sequence[dict]) -> list[list[int]]:
     return groups
 
 
-def _trainable(value):
-    """A COND object whose tensors may be saved for a backward pass."""
-    if isinstance(value.cond, torch.Tensor) and value.cond.is_inference():
-        return value._copy_with(value.cond.clone())
+def _trainable(value, device: torch.device):
+    """A COND object whose tensors lie on `device` and may be saved for a backward pass."""
+
+    def own(part):
+        return part.to(device, copy=True) if isinstance(part, torch.Tensor) else part
+
     if isinstance(value.cond, list):
-        return value._copy_with([t.clone() if isinstance(t, torch.Tensor) else t for t in value.cond])
-    return value
+        return value._copy_with([own(part) for part in value.cond])
+    return value._copy_with(own(value.cond)) if isinstance(value.cond, torch.Tensor) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from .progress import TrainingProgress
 from .store import KeptRun
 
 FP16_SCALE = 1024.0
+RECORDED = os.environ.get("SODA_CUDA_GRAPHS") == "1"  # an experiment: see benchmarks/README.md
 NOT_KEPT = "This run is not kept on disk"
 
 
@@ -138,7 +140,7 @@ def _train(
             transformer_options(patcher)
             losses_of = DiffusionLosses(patcher, injection, settings, reference)
             scale = FP16_SCALE if dtype == torch.float16 else 1.0
-            run = TrainingRun(parameters, settings, scale, recorded=patcher.load_device.type == "cuda")
+            run = TrainingRun(parameters, settings, scale, recorded=RECORDED and patcher.load_device.type == "cuda")
             if kept is not None and resume:
                 _resume(run, kept, progress)
 
