@@ -52,8 +52,8 @@ An adapter that is not a file yet, straight from SODA Train or SODA Save, goes i
 
 TRAIN_NOTE = """# Train, save and use an adapter in one graph
 1. **SODA Playground Drawings** gives captioned drawings of an invented creature, *pom*. For a drawing style set
-*concept* to *comic*, *role* to style, *targets* to self-attention and *learning_rate* to 0.04 (prompt: a green triangle
-on a gray background, ohwx style).
+*concept* to *comic*, *role* to style, *targets* to self-attention, *learning_rate* to 0.04 and *steps* to 300
+(prompt: a green triangle on a gray background, ohwx style).
 2. **Make Training Dataset** (ComfyUI's own) encodes them; **SODA Train** learns. Step, loss and time left stand on the
 node; a few minutes on a CPU.
 3. **SODA Save** writes **output/loras/soda/my_subject_00001_.safetensors** and passes on what it reads back.
