@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import SodaTrainingError
 from ..stiefel import StiefelAdam
 from .average import Average
-from .graph import Graphs
 from .guard import Guard
 from .parameters import SodaParameters
 from .schedule import share
@@ -38,17 +37,13 @@ class Diverged(SodaTrainingError):
 class TrainingRun:
     """StiefelAdam on the rotations, AdamW on the spectra.
 
-    loss_scale: a power of 2 that keeps small gradients above what fp16 can hold. recorded: forward and backward passes
-    are recorded as CUDA graphs, under the terms of `Graphs`.
-
+    loss_scale: a power of 2 that keeps small gradients above what fp16 can hold; it changes nothing else.
     losses: of every step taken. rate_factor: halved each time the run diverged and went back to its last good step,
     which is kept in memory and renewed while all is calm.
     """
 
-    def __init__(
-        self, parameters: SodaParameters, settings: TrainingSettings, loss_scale: float = 1.0, recorded: bool = False
-    ):
-        self.parameters, self.settings = parameters, settings
+    def __init__(self, parameters: SodaParameters, settings: TrainingSettings, loss_scale: float = 1.0):
+        self.parameters, self.settings, self.loss_scale = parameters, settings, loss_scale
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if parameters.rotations():
             self.optimizers["rotations"] = StiefelAdam(parameters.rotations(), lr=settings.learning_rate)
@@ -57,11 +52,6 @@ class TrainingRun:
                 parameters.spectra(), lr=settings.learning_rate, weight_decay=0.0
             )
         self.trained = [*parameters.rotations(), *parameters.spectra()]
-        self._gradients = [torch.zeros_like(parameter, requires_grad=False) for parameter in self.trained]
-        for parameter, gradient in zip(self.trained, self._gradients, strict=True):
-            parameter.grad = gradient
-        self._scale = loss_scale / settings.accumulation
-        self._graphs = Graphs(self._gradients) if recorded else None
         self.average = Average(parameters.rotations(), parameters.spectra(), settings.ema) if settings.ema else None
         self.guard = Guard()
         self.losses: list[float] = []
@@ -81,24 +71,18 @@ class TrainingRun:
 
         `batch_of(i)` prepares batch i of the run, counted from 0; `losses_of(weights, batch)` computes.
         """
-
-        def passes(batch: Batch) -> Tensor:
-            """Its loss and error `(2,)`; the gradients are added to what is there."""
-            losses = losses_of(self.parameters(), batch)
-            (losses.loss * self._scale).backward()
-            return torch.stack([value.detach().float() for value in losses])
-
         settings = self.settings
         for name, optimizer in self.optimizers.items():
-            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * self._share(name)
         totals = []
         for part in range(settings.accumulation):
-            batch = batch_of(self.step * settings.accumulation + part)
-            totals.append(passes(batch) if self._graphs is None else self._graphs(passes, batch).clone())
-        if self._scale * settings.accumulation != 1.0:
-            torch._foreach_div_(self._gradients, self._scale * settings.accumulation)
+            losses = losses_of(self.parameters(), batch_of(self.step * settings.accumulation + part))
+            (losses.loss * (self.loss_scale / settings.accumulation)).backward()
+            totals.append(torch.stack([value.detach().float() for value in losses]))
+        if self.loss_scale != 1.0:
+            torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], self.loss_scale)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip or math.inf)
         loss, error, size = torch.cat([torch.stack(totals).mean(0), norm.reshape(1)]).tolist()
         at = f"at step {self.step + 1} of {settings.steps}"
@@ -116,11 +100,6 @@ class TrainingRun:
         if self.guard.calm and self.step % KEEP_EVERY == 0:
             self._good = _copy(self._now())
         return ""
-
-    def moved(self) -> None:
-        """To be told when weights that `losses_of` reads have moved in memory, where it is recorded."""
-        if self._graphs is not None:
-            self._graphs.forget()
 
     def _share(self, name: str) -> float:
         settings = self.settings

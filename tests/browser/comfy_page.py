@@ -85,7 +85,7 @@ def open_page(browser: Browser, url: str, *, nodes2: bool, query: str = "", size
     set_setting(url, "Comfy.TutorialCompleted", True)
     set_setting(url, "Comfy.VueNodes.Enabled", nodes2)
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(90_000)
     page.goto(url + query)
     page.wait_for_function(READY)
     page.wait_for_function("() => app.vueAppReady && !document.querySelector('.p-blockui-mask')")

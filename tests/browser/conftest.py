@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def nodes2(request) -> bool:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def open_at(server, browser, nodes2):
-    """Opens pages: open_at("?template=...") -> Page. An uncaught error in any of them is an error at the end."""
+@contextmanager
+def opener(server, browser, nodes2: bool):
+    """Opens pages: open_(query) -> Page. They are closed at the end; an uncaught error in any of them is an error."""
     pages, errors = [], []
 
     def open_(query: str = ""):
@@ -59,7 +60,15 @@ def open_at(server, browser, nodes2):
     assert not errors
 
 
+@pytest.fixture
+def open_at(server, browser, nodes2):
+    """Pages of one test: open_at("?template=...") -> Page."""
+    with opener(server, browser, nodes2) as open_:
+        yield open_
+
+
 @pytest.fixture(scope="module")
-def page(open_at):
+def page(server, browser, nodes2):
     """One page for a module's tests in each renderer: opening one takes seconds."""
-    return open_at()
+    with opener(server, browser, nodes2) as open_:
+        yield open_()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import urllib.request
 
 import pytest
 from comfy_page import READY, build_graph, widget_values
@@ -55,6 +56,16 @@ def points(page, line: str = "soda-losses") -> list[list[float]]:
     """The drawn line's points, in pixels of the drawing."""
     drawn = page.locator(f".soda-training polyline.{line}").get_attribute("points")
     return [[float(number) for number in point.split(",")] for point in drawn.split()]
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(server):
+    """A training whose test failed must not keep the next test's from starting."""
+    yield
+    for path, body in (("queue", {"clear": True}), ("interrupt", {})):
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(f"{server.url}/{path}", data, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request, timeout=20).close()
 
 
 def stop_button(page):

@@ -106,6 +106,22 @@ def test_factor_sizes_can_be_given():
             SodaParameters(base, factors={12: (6, 2), **wrong})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_half_precision_the_start_is_the_base_and_the_gradients_agree(kind):
+    """bf16 has 8 bits: the weights start as the rounded base to the last bit, gradients are within 2 % of fp32's."""
+    base, targets = {name: w.bfloat16() for name, w in weights().items()}, weights(0.7, seed=1)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parameters = SodaParameters(base, kind, dtype=dtype)
+        adapted = parameters()
+        assert all(adapted[name].dtype == dtype and torch.equal(adapted[name].bfloat16(), base[name]) for name in base)
+        sum((adapted[name].float() - targets[name]).square().sum() for name in base).backward()
+        trained = [*parameters.rotations(), *parameters.spectra()]
+        assert all(p.dtype == torch.float32 for p in trained)
+        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+
+
 def test_svd_stores_no_negative_singular_value():
     parameters = SodaParameters(weights(), "svd")
     with torch.no_grad():

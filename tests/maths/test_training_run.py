@@ -41,6 +41,12 @@ def new_run(**settings):
     return TrainingRun(SodaParameters(weights()), TrainingSettings(**{"steps": 40, "learning_rate": 0.02, **settings}))
 
 
+def test_a_loss_scale_changes_no_bit():
+    plain, scaled = new_run(steps=8), TrainingRun(SodaParameters(weights()), TrainingSettings(8, 0.02), 1024.0)
+    assert train(plain, index, noisy) == train(scaled, index, noisy)
+    assert equal(numbers(plain), numbers(scaled))
+
+
 class Recorder(Unwatched):
     def __init__(self, stop_at=None):
         self.steps, self.notes, self.stop_at = [], [], stop_at

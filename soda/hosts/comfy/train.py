@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,6 @@ from .progress import TrainingProgress
 from .store import KeptRun
 
 FP16_SCALE = 1024.0
-RECORDED = os.environ.get("SODA_CUDA_GRAPHS") == "1"  # an experiment: see benchmarks/README.md
 NOT_KEPT = "This run is not kept on disk"
 
 
@@ -139,8 +137,7 @@ def _train(
         with Injection(patcher, keys) as injection:
             transformer_options(patcher)
             losses_of = DiffusionLosses(patcher, injection, settings, reference)
-            scale = FP16_SCALE if dtype == torch.float16 else 1.0
-            run = TrainingRun(parameters, settings, scale, recorded=RECORDED and patcher.load_device.type == "cuda")
+            run = TrainingRun(parameters, settings, FP16_SCALE if dtype == torch.float16 else 1.0)
             if kept is not None and resume:
                 _resume(run, kept, progress)
 
@@ -259,15 +256,8 @@ class _Watch:
         if self.prompt is not None and self.prompt.due(step, self.run.settings.steps):
             with torch.no_grad(), self.run.settled():
                 self.injection.weights = self.run.parameters()
-            shape, places = tuple(self.samples[0].latent.shape), _places(self.patcher)
+            shape = tuple(self.samples[0].latent.shape)
             show_sample(self.patcher, self.prompt, shape, step, self.progress)
-            if _places(self.patcher) != places:
-                self.run.moved()
-
-
-def _places(patcher: ModelPatcher) -> list[int]:
-    """Where the model's weights lie in memory."""
-    return [p.data_ptr() for p in patcher.model.parameters()]
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
