@@ -19,8 +19,8 @@ class StiefelOptimizer(Optimizer):
     """Parameters are fp32 or fp64 `(..., n, m)`, n >= m: single matrices, or banks that leading dimensions count.
 
     All parameters of a group that have one size are stepped together: a contiguous bank where it lies, several
-    parameters gathered into a bank and written back. On a GPU, where launches cost more than arithmetic, the banks of
-    all sizes go through each stage of the step together. The state of a parameter are its moments in the tangent
+    parameters gathered into a bank and written back. The banks of all sizes go through each stage of the step
+    together, because launches cost more than arithmetic. The state of a parameter are its moments in the tangent
     space, `(..., m, m)` and for n > m also `(..., n, m)`, and counters such as its number of steps, so that a run goes
     on bit by bit (on a CPU) from a `state_dict` and the parameters.
 
@@ -96,7 +96,7 @@ class StiefelOptimizer(Optimizer):
     def _together(self, parameters: list[Tensor]) -> list[list[list[Tensor]]]:
         """Those with a gradient: what goes through the same stages -> its sizes -> the parameters of a size.
 
-        What goes together has one dtype, device and number of steps, and on a CPU, where caches count, one size.
+        What goes together has one dtype, device and number of steps.
         """
         found: dict[tuple, dict[torch.Size, list[Tensor]]] = {}
         for p in parameters:
@@ -105,7 +105,7 @@ class StiefelOptimizer(Optimizer):
             if p not in self.state:
                 self._begin(p)
             state, size = self.state[p], p.shape[-2:]
-            key = p.dtype, p.device, size if p.is_cpu else None, *(state[name] for name in self.COUNTERS)
+            key = p.dtype, p.device, *(state[name] for name in self.COUNTERS)
             found.setdefault(key, {}).setdefault(size, []).append(p)
         return [list(sizes.values()) for sizes in found.values()]
 

@@ -16,14 +16,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._parts: dict[tuple, list[Tensor]] = {}
 
     def take(self, piece: int, like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Piece 0 or 1 as contiguous tensors of `shapes`, uninitialised, with the dtype and device of `like`."""
-        counts = [math.prod(shape) for shape in shapes]
-        rooms = [-(-count // ALIGNED) * ALIGNED for count in counts]
-        key, total = (piece, like.dtype, like.device), sum(rooms)
-        held = self._pieces.get(key)
-        if held is None or held.numel() < total:
-            held = self._pieces[key] = like.new_empty(total)
-        parts = held[:total].split(rooms)
-        return [part[:count].view(shape) for part, count, shape in zip(parts, counts, shapes, strict=True)]
+        key = piece, like.dtype, like.device
+        asked = key, tuple(map(tuple, shapes))
+        if asked not in self._parts:
+            counts = [math.prod(shape) for shape in shapes]
+            rooms = [-(-count // ALIGNED) * ALIGNED for count in counts]
+            if key not in self._pieces or self._pieces[key].numel() < sum(rooms):
+                self._pieces[key] = like.new_empty(sum(rooms))
+                self._parts = {old: parts for old, parts in self._parts.items() if old[0] != key}
+            parts = self._pieces[key][: sum(rooms)].split(rooms)
+            self._parts[asked] = [p[:count].view(shape) for p, count, shape in zip(parts, counts, shapes, strict=True)]
+        return list(self._parts[asked])

@@ -147,9 +147,7 @@ def _train(
 
             watch = _Watch(progress, run, injection, patcher, prompt, samples)
             try:
-                losses = differentiated(
-                    lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress))
-                )
+                losses = differentiated(lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress)))
             except Diverged as error:
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
         layers = difference(parameters.layers(), frozen, beside)
