@@ -42,7 +42,8 @@ def decompose_all(
         count = max(1, working_set // working_bytes(shape, decomposition, device))
         for start in range(0, len(names), count):
             chunk = names[start : start + count]
-            for name, basis in zip(chunk, _batch([weights[n] for n in chunk], decomposition, device, keep), strict=True):
+            made = _batch([weights[n] for n in chunk], decomposition, device, keep)
+            for name, basis in zip(chunk, made, strict=True):
                 done += 1
                 if progress is not None:
                     progress(done, total)

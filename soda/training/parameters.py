@@ -153,7 +153,7 @@ class SodaParameters(nn.Module):
 
         But for the fast plan each is made when it is looked at, and follows the parameters until the next step."""
         if self.plan != "fast":
-            return LayerByLayer(self.weights, self.groups, self.banks)
+            return LayerByLayer(self.weights, self.groups, dict(self.banks.items()))
         found: dict[str, Tensor] = {}
         for group in self.groups:
             found.update(zip(group.names, group(self._factors(group)).unbind(), strict=True))

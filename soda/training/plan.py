@@ -31,7 +31,7 @@ PLANS: tuple[Plan, ...] = get_args(Plan)
 def needs(
     shapes: Iterable[tuple[int, ...]], decomposition: Decomposition, dtype: torch.dtype, model: float, sampling: float
 ) -> dict[Plan, float]:
-    """Bytes that each plan takes, for adapted weights of `shapes` (out, in), the model's bytes and those of sampling."""
+    """Bytes that each plan takes, for adapted weights of `shapes` (out, in) and the bytes of the model and sampling."""
     numbers = vectors = largest = 0
     for shape in shapes:
         out, inner = shape

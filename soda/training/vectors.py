@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,6 @@ from ..adapter import Decomposition
 from ..bases import decompose_all
 from ..decomposition import Basis, complete, spectral_change
 from ..kronecker import rotate
-from ..precision import CPU
 from .plan import Plan
 
 Side = Tensor | list[Tensor] | None
@@ -66,7 +65,8 @@ class Vectors:
                     sides[side] = _put(sides[side], i, len(names), vectors.to(dtype), plan)
             for part, values in small.items():
                 values.append(getattr(whole, part))
-        return cls(decomposition, **sides, **{part: torch.stack(values) for part, values in small.items()})
+        spectrum, live = (torch.stack(values) for values in small.values())
+        return cls(decomposition, sides["left"], sides["right"], spectrum, live)
 
     def all(self) -> Basis:
         """The basis of the stack; by the fast plan."""
@@ -90,7 +90,7 @@ class _Only(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:

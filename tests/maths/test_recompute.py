@@ -1,4 +1,4 @@
-"""Blocks computed again: the gradients of a plain pass, almost nothing kept, and no silent error after in-place writes."""
+"""Blocks computed again: gradients of a plain pass, almost nothing kept, no silent error after in-place writes."""
 
 from __future__ import annotations
 

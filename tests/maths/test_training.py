@@ -88,7 +88,8 @@ def test_every_plan_trains_the_same_adapter(kind, plan):
     assert found[plan][0] == pytest.approx(found[PLANS[0]][0], rel=1e-5)
     for name, (layer,) in found[plan][1].items():
         (other,) = found[PLANS[0]][1][name]
-        for a, b in zip((layer.delta, layer.sketch, *layer.logs), (other.delta, other.sketch, *other.logs), strict=True):
+        pairs = zip((layer.delta, layer.sketch, *layer.logs), (other.delta, other.sketch, *other.logs), strict=True)
+        for a, b in pairs:
             assert a is None and b is None or torch.allclose(a, b, atol=1e-4)
     fast, apart = found[PLANS[0]][2], found[plan][2]
     apart.load_state_dict(fast.state_dict())
