@@ -108,8 +108,8 @@ class SodaTrainOptions(io.ComfyNode):
                     "memory",
                     options=list(MEMORY),
                     default=AUTO,
-                    tooltip="auto: the fastest plan that fits the free memory. fast: all of it at once. frugal: about a "
-                    "third of the time more, far less memory. low VRAM: the model stays in main memory as well.",
+                    tooltip="auto: the fastest plan that fits the free memory. fast: everything at once. frugal: about "
+                    "a third more time, far less memory. low VRAM: the model stays in main memory as well.",
                 ),
                 io.String.Input(
                     "layers",

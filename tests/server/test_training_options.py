@@ -139,7 +139,8 @@ def test_a_memory_plan_learns_the_same(client, adapters, base_unchanged, memory)
     for plan in ("fast", memory):
         prompt, playground = graph()
         latents, positive = playground.drawings()
-        node = playground.train(positive, latents=latents, seed=78, reuse=False, options=playground.options(memory=plan))
+        options = playground.options(memory=plan)
+        node = playground.train(positive, latents=latents, seed=78, reuse=False, options=options)
         found.append(saved(client, adapters, prompt, playground, node, f"plan_{plan.replace(' ', '_')}"))
     (fast, _), (other, texts) = found
     assert all(torch.allclose(tensor, other[name], atol=1e-4) for name, tensor in fast.items())
