@@ -46,6 +46,9 @@ def load_pack():
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "benchmarks")]
     spec = importlib.util.spec_from_file_location(
         "pack", ROOT / "soda" / "__init__.py", submodule_search_locations=[str(ROOT / "soda")]
@@ -70,10 +73,11 @@ class Case:
         config = getattr(comfy.supported_models, name)(dict(unet, dtype=torch.bfloat16))
         config.set_inference_dtype(torch.bfloat16, None)
         model = config.get_model({}, "", device=torch.device("cpu"))
-        generator = torch.Generator("cuda").manual_seed(0)
+        home = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator(home).manual_seed(0)
         for key, parameter in model.named_parameters():
             fan_in = parameter.shape[1:].numel() if parameter.ndim > 1 else 1
-            numbers = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+            numbers = torch.empty(parameter.shape, dtype=parameter.dtype, device=home)
             if parameter.ndim > 1:
                 numbers.normal_(0, fan_in**-0.5, generator=generator)
             else:

@@ -170,7 +170,7 @@ class SodaTrain(io.ComfyNode):
         with progress:
             adapter, losses = train_or_reuse(
                 model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
-                reuse[0] if reuse else True,
+                reuse[0] if reuse else True, options.memory,
             )  # fmt: skip
         shown = None
         if progress.strip.samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..soda.hosts.comfy.augment import Augment
+from ..soda.hosts.comfy.memory import AUTO, MEMORY
 from ..soda.hosts.comfy.options import TrainingOptions
 from ..soda.training.schedule import SHAPES
 from ..soda.training.timesteps import Timesteps
@@ -103,6 +104,13 @@ class SodaTrainOptions(io.ComfyNode):
                     max=100000,
                     tooltip="Steps from one sample of SODA Train's sample_prompt to the next. 0: one at each quarter.",
                 ),
+                io.Combo.Input(
+                    "memory",
+                    options=list(MEMORY),
+                    default=AUTO,
+                    tooltip="auto: the fastest plan that fits the free memory. fast: everything at once. frugal: about "
+                    "a third more time, far less memory. low VRAM: the model stays in main memory as well.",
+                ),
                 io.String.Input(
                     "layers",
                     default="",
@@ -131,7 +139,7 @@ class SodaTrainOptions(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, loss: dict, timesteps: dict, layers: str, augment: dict, sample_every: int, **settings
+        cls, loss: dict, timesteps: dict, memory: str, layers: str, augment: dict, sample_every: int, **settings
     ) -> io.NodeOutput:
         objective = {key: value for key, value in loss.items() if key != "loss"}
         levels = Timesteps(timesteps["timesteps"], **{k: v for k, v in timesteps.items() if k != "timesteps"})
@@ -139,6 +147,10 @@ class SodaTrainOptions(io.ComfyNode):
         together = {**settings, "loss": loss["loss"], **objective, "timesteps": levels}
         return io.NodeOutput(
             TrainingOptions(
-                together, layers.strip(), Augment(**varied) if augment["augment"] == "on" else None, sample_every
+                together,
+                layers.strip(),
+                Augment(**varied) if augment["augment"] == "on" else None,
+                sample_every,
+                memory,
             )
         )

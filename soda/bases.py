@@ -22,8 +22,10 @@ def decompose_all(
     device: torch.device = CPU,
     working_set: int = WORKING_SET,
     progress: Progress | None = None,
+    keep: bool = False,
 ) -> Iterator[tuple[str, Basis]]:
-    """(name, basis) of every weight, fp32 on the CPU, shape after shape; nothing for `none`.
+    """(name, basis) of every weight, fp32 on the CPU (with `keep` where it was made), shape after shape; nothing for
+    `none`.
 
     `device` is where the model computes; what is decomposed there takes at most `working_set` bytes at a time, or what
     one matrix takes. `weights` may load a weight anew at every look. `progress(done, total)` is told after every
@@ -40,7 +42,8 @@ def decompose_all(
         count = max(1, working_set // working_bytes(shape, decomposition, device))
         for start in range(0, len(names), count):
             chunk = names[start : start + count]
-            for name, basis in zip(chunk, _batch([weights[n] for n in chunk], decomposition, device), strict=True):
+            made = _batch([weights[n] for n in chunk], decomposition, device, keep)
+            for name, basis in zip(chunk, made, strict=True):
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -63,14 +66,14 @@ def working_bytes(shape: torch.Size, decomposition: Decomposition, device: torch
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.device) -> list[Basis]:
-    """Bases on the CPU, each in memory of its own."""
+def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.device, keep: bool) -> list[Basis]:
+    """Bases on the CPU or, with `keep`, on the device, each in memory of its own."""
     dtype = torch.float64 if all(w.dtype == torch.float64 for w in weights) else torch.float32
     together = decompose(torch.stack([w.to(device, dtype) for w in weights]), decomposition)
     assert together is not None
     parts = together.tensors()
-    return [Basis.of(decomposition, {name: _own(parts[name][i]) for name in parts}) for i in range(len(weights))]
+    return [Basis.of(decomposition, {name: _own(parts[name][i], keep) for name in parts}) for i in range(len(weights))]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.device == CPU else tensor.to(CPU)
+def _own(tensor: Tensor, keep: bool) -> Tensor:
+    return tensor.clone() if keep or tensor.device == CPU else tensor.to(CPU)

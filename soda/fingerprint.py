@@ -22,7 +22,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of the shape and of the values as little-endian fp32: fp16 and its fp32 copy hash alike."""
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
-    digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes())
+    numbers = tensor.detach().to("cpu").to(torch.float32).contiguous().numpy().astype("<f4", copy=False)
+    digest.update(numbers.data)  # lets other threads run meanwhile
     return digest.hexdigest()
 
 

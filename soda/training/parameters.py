@@ -17,74 +17,65 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Decomposition, Layer
-from ..bases import decompose_all
-from ..decomposition import Basis, complete, spectral_change
+from ..decomposition import spectral_change
 from ..errors import SodaTrainingError
 from ..fingerprint import sketch
-from ..kronecker import MAX_FACTORS, factor_sizes, log_rotation, rotate, triangle
+from ..kronecker import MAX_FACTORS, factor_sizes, log_rotation, triangle
+from .layerwise import LayerByLayer
+from .plan import Plan
+from .vectors import Vectors, adapted
 
 Factors = int | Mapping[int, Sequence[int]]
 
 
 class ShapeGroup(nn.Module):
-    """All weights of one shape: their base `(B, out, in)` and its basis in the dtype of the weights, fp32 deltas, and
-    places of their factors."""
+    """All weights of one shape `(out, in)`: their vectors, fp32 deltas, and places of their factors.
 
-    base: Tensor
-    left: Tensor | None
-    right: Tensor | None
-    spectrum: Tensor
-    live: Tensor
+    base: their stack `(B, out, in)` in the dtype of the adapted weights, by the fast plan alone.
+    """
+
+    base: Tensor | None
 
     def __init__(
-        self, weights: Mapping[str, Tensor], decomposition: Decomposition, factors: Factors, dtype: torch.dtype
-    ):
+        self, weights: Mapping[str, Tensor], names: Sequence[str], decomposition: Decomposition, factors: Factors,
+        dtype: torch.dtype, plan: Plan,
+    ):  # fmt: skip
         super().__init__()
-        self.names, self.decomposition = list(weights), decomposition
-        self.register_buffer("base", torch.stack([w.detach().to(dtype) for w in weights.values()]), persistent=False)
-        self.sizes = _sizes(self.base.shape[1 if decomposition == "qr" else 2], factors)
+        self.names, self.decomposition, self.dtype = list(names), decomposition, dtype
+        one = weights[self.names[0]]
+        self.shape, self.device = one.shape, one.device
+        base = None
+        if plan == "fast":
+            base = torch.empty(len(self.names), *self.shape, dtype=dtype, device=self.device)
+            for i, name in enumerate(self.names):
+                base[i] = weights[name].detach()
+        self.register_buffer("base", base, persistent=False)
+        self.sizes = _sizes(self.shape[0 if decomposition == "qr" else 1], factors)
         self.rows: list[slice] = []  # of factor j in the bank of size n_j
-        self.delta: nn.Parameter | None = None
-        basis = _basis(weights, decomposition, self.base)
-        if basis is not None:
-            for part in ("left", "right"):
-                vectors = getattr(basis, part)
-                self.register_buffer(part, None if vectors is None else vectors.to(dtype), persistent=False)
-            for part in ("spectrum", "live"):
-                self.register_buffer(part, getattr(basis, part), persistent=False)
-            self.delta = nn.Parameter(torch.zeros_like(basis.spectrum))
-
-    def basis(self) -> Basis:
-        """The basis of the base, `(B, ...)`; there is none for `none`."""
-        return Basis(self.decomposition, self.left, self.right, self.spectrum, self.live)
+        self.vectors = Vectors.of(weights, self.names, decomposition, dtype, plan)
+        self.delta = None if self.vectors is None else nn.Parameter(torch.zeros_like(self.vectors.spectrum))
 
     def held_delta(self) -> Tensor:
         """delta `(B, k)`, for svd at no less than -sigma, and 0 where the spectrum is not live."""
-        assert self.delta is not None
-        delta = torch.maximum(self.delta, -self.spectrum) if self.decomposition == "svd" else self.delta
-        return torch.where(self.live, delta, 0.0)
-
-    def change(self) -> Tensor:
-        """D `(B, out, in)`."""
-        return spectral_change(self.basis(), self.held_delta().to(self.base.dtype), self.base)
-
-    def changed(self) -> Tensor:
-        """W0 + D, in one kernel where D needs no padding."""
-        if self.delta is None:
-            return self.base
-        delta = self.held_delta().to(self.base.dtype)
-        if self.left is None and self.right is not None and self.right.shape == self.base.shape:
-            return torch.addcmul(self.base, delta[..., None], self.right)
-        if self.left is not None and self.right is not None:
-            return torch.baddbmm(self.base, self.left * delta[..., None, :], self.right)
-        return self.base + self.change()
+        assert self.delta is not None and self.vectors is not None
+        spectrum, live = self.vectors.spectrum, self.vectors.live
+        delta = torch.maximum(self.delta, -spectrum) if self.decomposition == "svd" else self.delta
+        return torch.where(live, delta, 0.0)
 
     def forward(self, factors: list[Tensor]) -> Tensor:
-        """The adapted weights `(B, out, in)` with factors `(B, n_j, n_j)`, none for R = I."""
-        w = self.changed()
-        if not factors:
-            return w
-        return rotate(w.mT, factors).mT if self.decomposition == "qr" else rotate(w, factors)
+        """The adapted weights `(B, out, in)` with factors `(B, n_j, n_j)`, none for R = I; by the fast plan."""
+        assert self.base is not None
+        if self.vectors is None:
+            return adapted(self.base, None, None, factors)
+        return adapted(self.base, self.vectors.all(), self.held_delta().to(self.dtype), factors)
+
+    def sketches(self) -> list[Tensor]:
+        """The sketch of every weight's D."""
+        assert self.vectors is not None
+        like = torch.empty(self.shape, device="meta")
+        deltas = self.held_delta().to(self.dtype)
+        bases = (self.vectors.one(i, self.device) for i in range(len(self.names)))
+        return [sketch(spectral_change(basis, delta, like)) for basis, delta in zip(bases, deltas, strict=True)]
 
 
 def _sizes(dimension: int, factors: Factors) -> tuple[int, ...]:
@@ -98,20 +89,13 @@ def _sizes(dimension: int, factors: Factors) -> tuple[int, ...]:
     return sizes
 
 
-def _basis(weights: Mapping[str, Tensor], decomposition: Decomposition, base: Tensor) -> Basis | None:
-    """The basis of equal-shaped weights on the device of their stack, with both sides: each step needs them."""
-    bases = [basis.tensors() for _, basis in decompose_all(weights, decomposition, device=base.device)]
-    if not bases:
-        return None
-    parts = {part: torch.stack([b[part] for b in bases]).to(base.device) for part in bases[0]}
-    return complete(Basis.of(decomposition, parts), base)
-
-
 class SodaParameters(nn.Module):
     """Parameters for `weights`, a mapping of layer names to `(out, in)` tensors, which are not modified.
 
     `factors` is their number, for sizes by the rule of `factor_sizes`, or the sizes of each rotated dimension. The
-    adapted weights are made in `dtype`, that in which the model computes; factors and deltas are fp32 always.
+    adapted weights are made in `dtype`, that in which the model computes; factors and deltas are fp32 always. `weights`
+    may load a weight anew at every look; all plans but the fast one look whenever they make an adapted weight. The
+    parameters are the same by every plan, so that a run's state goes from one to another.
     Raises SodaTrainingError if there is nothing to train or the sizes do not fit.
     """
 
@@ -122,6 +106,7 @@ class SodaParameters(nn.Module):
         factors: Factors = 3,
         rotation: bool = True,
         dtype: torch.dtype = torch.float32,
+        plan: Plan = "fast",
     ):
         super().__init__()
         if decomposition == "none" and not rotation:
@@ -137,9 +122,9 @@ class SodaParameters(nn.Module):
                 )
             by_shape.setdefault(tuple(weight.shape), []).append(name)
         groups = nn.ModuleList(
-            ShapeGroup({name: weights[name] for name in names}, decomposition, factors, dtype)
-            for names in by_shape.values()
+            ShapeGroup(weights, names, decomposition, factors, dtype, plan) for names in by_shape.values()
         )
+        self.weights, self.plan = weights, plan
         self.groups = cast(Sequence[ShapeGroup], groups)
         counts: dict[int, int] = {}
         for group in self.groups if rotation else ():
@@ -147,7 +132,7 @@ class SodaParameters(nn.Module):
                 start = counts.get(n, 0)
                 counts[n] = start + len(group.names)
                 group.rows.append(slice(start, counts[n]))
-        device = self.groups[0].base.device
+        device = self.groups[0].device
         self.banks = nn.ParameterDict(
             {str(n): nn.Parameter(torch.eye(n, device=device).repeat(count, 1, 1)) for n, count in counts.items()}
         )
@@ -163,12 +148,23 @@ class SodaParameters(nn.Module):
     def _factors(self, group: ShapeGroup) -> list[Tensor]:
         return [self.banks[str(n)][rows] for n, rows in zip(group.sizes, group.rows, strict=False)]
 
-    def forward(self) -> dict[str, Tensor]:
-        """All adapted weights by layer name, differentiable in factors and deltas."""
-        adapted: dict[str, Tensor] = {}
+    def forward(self) -> Mapping[str, Tensor]:
+        """All adapted weights by layer name, differentiable in factors and deltas.
+
+        But for the fast plan each is made when it is looked at, and follows the parameters until the next step."""
+        if self.plan != "fast":
+            return LayerByLayer(self.weights, self.groups, dict(self.banks.items()))
+        found: dict[str, Tensor] = {}
         for group in self.groups:
-            adapted.update(zip(group.names, group(self._factors(group)).unbind(), strict=True))
-        return adapted
+            found.update(zip(group.names, group(self._factors(group)).unbind(), strict=True))
+        return found
+
+    @torch.no_grad()
+    def snapshot(self) -> Mapping[str, Tensor]:
+        """The adapted weights as they are now, whatever becomes of the parameters."""
+        if self.plan != "fast":
+            return LayerByLayer(self.weights, self.groups, {n: bank.clone() for n, bank in self.banks.items()})
+        return {name: weight.clone() for name, weight in self().items()}
 
     @torch.no_grad()
     def layers(self) -> dict[str, tuple[Layer, ...]]:
@@ -177,7 +173,7 @@ class SodaParameters(nn.Module):
         for group in self.groups:
             logs = [triangle(log_rotation(factor)).float().cpu() for factor in self._factors(group)]
             logs = logs or [torch.zeros(len(group.names), n * (n - 1) // 2) for n in group.sizes]
-            spectra = None if group.delta is None else (group.held_delta().cpu(), sketch(group.change()))
+            spectra = None if group.delta is None else (group.held_delta().cpu(), group.sketches())
             for i, name in enumerate(group.names):
                 delta, drawn = (None, None) if spectra is None else (spectra[0][i].clone(), spectra[1][i])
                 layer = Layer(group.decomposition, delta, tuple(log[i].clone() for log in logs), drawn)

@@ -116,11 +116,16 @@ def test_out_of_memory_says_what_to_lower_and_the_run_goes_on_later(folder):
         path.unlink()
     model = small_model()
     before = weights(model)
+
+    def ends(step):
+        if step >= 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
     with pytest.raises(SodaTrainingError, match="batches of 2 at latent size 8x8.*Lower batch_size") as caught:
-        kept(model, progress=Watcher(12, stop_at(6, torch.OutOfMemoryError("CUDA out of memory"))))
+        kept(model, progress=Watcher(12, ends))
     assert caught.value.__context__ is None  # whose frames would hold the step's tensors
     assert untouched(model, before) and endings(folder) == [CHECKPOINT]
-    assert kept(model)[1] == losses
+    assert kept(model)[1] == pytest.approx(losses, rel=1e-5)  # some steps were taken by other plans
 
 
 def test_a_run_that_diverges_ends_with_a_file_of_its_last_good_step(folder, monkeypatch):

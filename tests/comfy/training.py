@@ -42,12 +42,12 @@ def data(count=3):
 
 
 def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, progress=None, rate=0.01, batch=2,
-        prompt=None, targets="all attention", extras=PLAIN, **settings):  # fmt: skip
+        prompt=None, targets="all attention", extras=PLAIN, memory="auto", **settings):  # fmt: skip
     settings = TrainingSettings(steps=steps, learning_rate=rate, batch_size=batch, seed=seed, **settings)
     with torch.inference_mode():
         return train_adapter(
             model, samples or data(), settings, decomposition, factors, "subject", progress or Watcher(steps), prompt,
-            targets, extras,
+            targets, extras, memory=memory,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from soda.mixing import mix
 from soda.training.loop import Unwatched
 from soda.training.loop import train as run_to_the_end
 from soda.training.parameters import SodaParameters
+from soda.training.plan import PLANS
 from soda.training.run import Losses, TrainingRun
 from soda.training.settings import TrainingSettings
 
@@ -73,6 +74,30 @@ def test_what_is_stored_is_what_was_trained(kind):
         again = adapt(base, layers[name], bases(base, kind))
         assert torch.allclose(again, adapted[name], atol=1e-5)
         assert not torch.allclose(again, base, atol=1e-2)
+
+
+@pytest.mark.parametrize("plan", PLANS[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_plan_trains_the_same_adapter(kind, plan):
+    """The parameters are those of the fast plan, so that a run's state goes from one plan to another."""
+    base, targets, found = weights(), weights(0.1, seed=1), {}
+    for name in (PLANS[0], plan):
+        parameters = SodaParameters(base, kind, plan=name)
+        losses = train(parameters, distance_to(targets), TrainingSettings(15, 0.03))
+        found[name] = losses, parameters.layers(), parameters
+    assert found[plan][0] == pytest.approx(found[PLANS[0]][0], rel=1e-5)
+    for name, (layer,) in found[plan][1].items():
+        (other,) = found[PLANS[0]][1][name]
+        pairs = zip((layer.delta, layer.sketch, *layer.logs), (other.delta, other.sketch, *other.logs), strict=True)
+        for a, b in pairs:
+            assert a is None and b is None or torch.allclose(a, b, atol=1e-4)
+    fast, apart = found[PLANS[0]][2], found[plan][2]
+    apart.load_state_dict(fast.state_dict())
+    held = apart.snapshot()
+    assert all(torch.allclose(w, apart()[name], atol=1e-6) for name, w in fast().items())
+    for p in apart.parameters():
+        p.data.zero_()
+    assert all(torch.allclose(w, held[name], atol=1e-6) for name, w in fast().items())
 
 
 @pytest.mark.parametrize("kind", ["lq", "svd", "qr"])
@@ -250,12 +275,14 @@ def test_weights_that_cannot_be_trained(bad):
         SodaParameters({})
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_in_double_precision(kind):
+def test_gradients_in_double_precision(kind, plan):
     """Every single derivative of every adapted weight, in fp64 and away from the identity."""
     g = torch.Generator().manual_seed(3)
-    base = {name: torch.randn(shape, generator=g) for name, shape in {"a": (4, 6), "b": (6, 4), "c": (4, 6)}.items()}
-    parameters = SodaParameters(base, kind, 2).double()
+    shapes = {"a": (4, 6), "b": (6, 4), "c": (4, 6)}
+    base = {name: torch.randn(shape, generator=g).double() for name, shape in shapes.items()}
+    parameters = SodaParameters(base, kind, 2, dtype=torch.float64, plan=plan).double()
     names = [name for name, _ in parameters.named_parameters()]
     point = [(p + 0.1 * torch.randn(p.shape, generator=g)).detach().requires_grad_() for p in parameters.parameters()]
 

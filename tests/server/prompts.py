@@ -63,7 +63,7 @@ class Playground:
         settings = {"loss": "plain", "min_snr_gamma": 0.0, "timesteps": "even", "caption_dropout": 0.0,
                     "noise_offset": 0.0, "schedule": "cosine", "warm_up": 0.05, "spectrum_rate": 1.0,
                     "accumulation": 1, "gradient_clip": 1.0, "ema": 0.0, "prior_weight": 1.0, "checkpoint_every": 100,
-                    "sample_every": 0, "layers": "", "augment": "off"}  # fmt: skip
+                    "sample_every": 0, "memory": "auto", "layers": "", "augment": "off"}  # fmt: skip
         return (self.prompt.add("SodaTrainOptions", **{**settings, **values}), 0)
 
     def save(self, adapter: tuple[str, int], prefix: str) -> str:

@@ -131,3 +131,17 @@ def test_options_out_of_range_are_refused_by_name(client, value):
     with pytest.raises(Refused) as caught:
         client.run(prompt)
     assert caught.value.status == 400 and next(iter(value)) in caught.value.body
+
+
+@pytest.mark.parametrize("memory", ["frugal", "low VRAM"])
+def test_a_memory_plan_learns_the_same(client, adapters, base_unchanged, memory):
+    found = []
+    for plan in ("fast", memory):
+        prompt, playground = graph()
+        latents, positive = playground.drawings()
+        options = playground.options(memory=plan)
+        node = playground.train(positive, latents=latents, seed=78, reuse=False, options=options)
+        found.append(saved(client, adapters, prompt, playground, node, f"plan_{plan.replace(' ', '_')}"))
+    (fast, _), (other, texts) = found
+    assert all(torch.allclose(tensor, other[name], atol=1e-4) for name, tensor in fast.items())
+    assert f"Memory plan: {memory}" in texts[-1]

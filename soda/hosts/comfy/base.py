@@ -6,7 +6,7 @@ Decompositions are computed from those originals and shared by all adapters and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
@@ -37,6 +37,14 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
     return weight if convert is None else convert(weight, inplace=False)
 
 
+def alias(held: torch.Tensor) -> torch.Tensor:
+    """The same memory as a normal tensor: one made under inference mode cannot be saved for backward."""
+    with torch.inference_mode(False):
+        tensor = torch.empty(0, dtype=held.dtype, device=held.device)
+        tensor.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
+        return torch.nn.Parameter(tensor, requires_grad=False) if isinstance(held, torch.nn.Parameter) else tensor
+
+
 def matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """(out, in) of a 1 x 1 convolution's weight (out, in, 1, ...); any other shape as it is."""
     return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
@@ -48,6 +56,35 @@ def layer_weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
     weight = unpatched(patcher, key)
     weight = weight.reshape(matrix_shape(weight.shape))
     return weight if rows is None else weight[rows[0] : rows[1]]
+
+
+def layer_shape(patcher: ModelPatcher, layer: str) -> tuple[int, ...]:
+    """(out, in) of one adapter layer, without touching its weight."""
+    key, rows = split_name(layer)
+    shape = matrix_shape(get_key_weight(patcher.model, key)[0].shape)
+    return shape if rows is None else (rows[1] - rows[0], *shape[1:])
+
+
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """Layer -> unpatched weight (out, in) on the device the model computes on, as a tensor that may take part in
+    training, fp32 unless of half precision; looked up anew each time and not copied where it already is so."""
+
+    def __init__(self, patcher: ModelPatcher, layers: Iterable[str]):
+        self.patcher, self.layers = patcher, dict.fromkeys(layers)
+
+    def __getitem__(self, layer: str) -> torch.Tensor:
+        weight = layer_weight(self.patcher, layer).to(self.patcher.load_device)
+        weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
+        return alias(weight) if weight.is_inference() else weight
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def bases(

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from ...training.recompute import INPLACE, copying
+
 Result = TypeVar("Result")
 FUSED = (
     "apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1",
@@ -30,9 +32,9 @@ def differentiated(run: Callable[[], Result]) -> Result:
     try:
         return run()
     except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
+        if INPLACE not in str(error):
             raise
-    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+    with copying(), torch.autograd.graph.allow_mutation_on_saved_tensors():
         return run()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import types
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...adapter import Adapter
+from ...basis_cache import HASH_THREADS
 from ...fingerprint import tensor_hash
 from .base import layer_weight, unpatched
 
@@ -28,9 +30,9 @@ _weights: WeakKeyDictionary = WeakKeyDictionary()  # model -> {layer or key: has
 def layer_hashes(patcher: ModelPatcher, layers: Mapping[str, str]) -> dict[str, str]:
     """Layer name -> hash of its unpatched weight; computed once while the model is in memory."""
     known = _weights.setdefault(patcher.model, {})
-    for layer in layers:
-        if layer not in known:
-            known[layer] = tensor_hash(layer_weight(patcher, layer))
+    new = [layer for layer in layers if layer not in known]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        known.update(zip(new, pool.map(lambda layer: tensor_hash(layer_weight(patcher, layer)), new), strict=True))
     return {layer: known[layer] for layer in layers}
 
 

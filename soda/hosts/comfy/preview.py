@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,11 @@ class SamplePrompt:
 
 
 def show_sample(
-    patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...], step: int, progress: TrainingProgress
-) -> None:
-    """Show a sample made after `step` on the node; latent_shape (1, C, H, W) as the VAE gives it.
+    patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...], step: int, progress: TrainingProgress,
+    reload: Callable[[], object],
+) -> None:  # fmt: skip
+    """Show a sample made after `step` on the node; latent_shape (1, C, H, W) as the VAE gives it. `reload()` loads the
+    model for training again.
 
     It is a courtesy: one that would not fit into the memory, or fails, is told there and does not end the training.
     """
@@ -70,7 +73,7 @@ def show_sample(
         progress.note(f"The sample after step {step + 1} failed: {'out of memory' if out_of_memory else error}")
     finally:
         comfy.model_management.soft_empty_cache()
-        comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+        reload()
         patcher.pre_run()
         progress.pause(time.monotonic() - started)
 

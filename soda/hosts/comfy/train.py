@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -21,9 +22,10 @@ from ...errors import SodaFileError, SodaTrainingError
 from ...training.layers import added, difference, put
 from ...training.loop import Keep, train
 from ...training.parameters import SodaParameters
+from ...training.plan import Plan, after
 from ...training.run import Diverged, TrainingRun
 from ...training.settings import TrainingSettings
-from .base import layer_weight
+from .base import BaseWeights
 from .batches import Batches
 from .beside import take_off
 from .chosen import chosen_weights, resolve
@@ -33,6 +35,7 @@ from .differentiable import differentiated
 from .diffusion import DiffusionLosses, transformer_options
 from .identity import layer_hashes, run_hash
 from .inject import Injection
+from .memory import AUTO, Memory, computing_dtype
 from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .store import KeptRun
@@ -58,7 +61,7 @@ class Extras:
 def train_or_reuse(
     model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
     factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
-    targets: str = "all attention", extras: Extras = Extras(), reuse: bool = True,
+    targets: str = "all attention", extras: Extras = Extras(), reuse: bool = True, memory: str = AUTO,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
     """`train_adapter`, whose run is kept on disk under a hash of all its inputs.
 
@@ -74,7 +77,7 @@ def train_or_reuse(
         progress.restore(found[1])
         return found
     adapter, losses = train_adapter(
-        model, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept, reuse
+        model, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept, reuse, memory
     )
     if len(losses) < settings.steps:
         progress.note(f"Stopped after step {len(losses)} of {settings.steps}; the adapter is as it was then.")
@@ -88,26 +91,52 @@ def train_adapter(
     model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
     factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
     targets: str = "all attention", extras: Extras = Extras(), kept: KeptRun | None = None, resume: bool = False,
+    memory: str = AUTO,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
     """(adapter, loss of every step); `targets` is one of `targets.TARGETS`, or `auto`.
 
     The same inputs and seed give the same tensors on a CPU, also where the run was interrupted and resumed: with
     `kept` it leaves checkpoints, with `resume` it goes on from the last one.
 
+    `memory` is one of `memory.MEMORY`. A plan whose memory runs out is followed by the next more frugal one, on from
+    the last step where the run is kept; that is said on the node.
+
     LoRA patches on the model stay active while it trains, and so do SODA adapters: the new one is trained as one more
     part of their mix (see `beside`). Raises SodaTrainingError for what cannot be trained, a run that diverged, and
     where memory runs out.
     """
-    try:
-        return _train(
-            model, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept, resume
-        )
-    except torch.OutOfMemoryError:
-        pass  # and with the exception go the tensors that its frames hold
+    targets = resolve(model, targets, role)
+    keys = chosen_weights(model, targets, extras.layers)
+    if kept is not None and not resume:
+        kept.drop_checkpoint()
+    while True:
+        budget = Memory.of(model, list(keys), samples, extras.prior, settings, decomposition)
+        plan: Plan = budget.plan(memory)
+        if plan != "fast" or not comfy.model_management.is_device_cpu(budget.device):
+            progress.note(budget.text(plan))
+        try:
+            return _train(
+                model, samples, settings, decomposition, factors, role, progress, prompt, targets, keys, extras, kept,
+                resume, budget, plan,
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            pass  # and with the exception go the tensors that its frames hold
+        _release()
+        following = after(plan)
+        if following is None:
+            raise SodaTrainingError(_too_little(model, samples, settings))
+        progress.note(f"The memory was not enough for the plan {plan}.")
+        memory, resume = following, True
+
+
+def _release() -> None:
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def _too_little(model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings) -> str:
     sizes = " and ".join(sorted({"x".join(map(str, s.latent.shape[2:])) for s in samples}))
-    raise SodaTrainingError(
+    return (
         f"The memory of {model.load_device} is not enough for batches of {settings.batch_size} at latent size {sizes}. "
         "Lower batch_size (and raise accumulation in SODA Train Options instead), use smaller images, or close what "
         "else uses this device. The model is as it was; with reuse on, the same inputs go on from the last step."
@@ -116,25 +145,22 @@ def train_adapter(
 
 def _train(
     model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None, targets: str, extras: Extras,
-    kept: KeptRun | None, resume: bool,
+    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None, targets: str,
+    keys: dict[str, str], extras: Extras, kept: KeptRun | None, resume: bool, memory: Memory, plan: Plan,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
     if settings.caption_dropout and extras.empty is None:
         raise SodaTrainingError("caption_dropout needs the empty caption: wire a clip into SODA Train, or set it to 0.")
-    targets = resolve(model, targets, role)
-    keys = chosen_weights(model, targets, extras.layers)
     patcher = _trainable_clone(model)
     frozen = take_off(patcher, keys)
-    memory = _memory(patcher, samples, settings) + (_memory(patcher, extras.prior, settings) if extras.prior else 0)
-    comfy.model_management.load_models_gpu([patcher], memory, force_full_load=True)
+    memory.load(patcher, plan)
     # Nodes run under inference mode, whose tensors know no gradients.
     with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
-        dtype = _dtype(patcher)
-        weights = {layer: _weight(patcher, layer) for layer in keys}
-        parameters = SodaParameters(weights, decomposition, factors, dtype=dtype)
+        dtype = computing_dtype(patcher)
+        weights = BaseWeights(patcher, keys)
+        parameters = SodaParameters(weights, decomposition, factors, dtype=dtype, plan=plan)
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
         batches = Batches(patcher, samples, settings, extras.empty, extras.prior)
-        with Injection(patcher, keys) as injection:
+        with Injection(patcher, keys, again=plan != "fast") as injection:
             transformer_options(patcher)
             losses_of = DiffusionLosses(patcher, injection, settings, reference)
             run = TrainingRun(parameters, settings, FP16_SCALE if dtype == torch.float16 else 1.0)
@@ -145,7 +171,7 @@ def _train(
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 return batches(index)
 
-            watch = _Watch(progress, run, injection, patcher, prompt, samples)
+            watch = _Watch(progress, run, injection, patcher, prompt, samples, partial(memory.load, patcher, plan))
             try:
                 losses = differentiated(lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress)))
             except Diverged as error:
@@ -156,23 +182,10 @@ def _train(
     return Adapter(layers, metadata, "trained adapter"), losses
 
 
-def _dtype(patcher: ModelPatcher) -> torch.dtype:
-    """What the adapted weights are made in: the dtype the model computes in, fp32 if that is no half precision."""
-    dtype = patcher.model.get_dtype_inference()
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def _weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
-    """The base weight of a layer on the training device, as a tensor that may take part in training."""
-    weight = layer_weight(patcher, layer).to(patcher.load_device)
-    weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
-    return weight.clone() if weight.is_inference() else weight
-
-
 def _start(
-    parameters: SodaParameters, weights: dict[str, torch.Tensor], frozen: dict[str, tuple[Layer, ...]],
+    parameters: SodaParameters, weights: Mapping[str, torch.Tensor], frozen: dict[str, tuple[Layer, ...]],
     start_from: Adapter | None,
-) -> tuple[dict[str, torch.Tensor], dict[str, tuple[Layer, ...]]]:  # fmt: skip
+) -> tuple[Mapping[str, torch.Tensor], dict[str, tuple[Layer, ...]]]:  # fmt: skip
     """Set the parameters to the frozen adapters and the one to go on from.
 
     Returns what the frozen ones alone give: the weights, and the layers.
@@ -181,8 +194,7 @@ def _start(
     if frozen:
         put(parameters, frozen)
         beside = parameters.layers()
-        with torch.no_grad():
-            reference = {name: w.clone() for name, w in parameters().items()}
+        reference = parameters.snapshot()
     if start_from is not None:
         outside = [name for name in start_from.layers if name not in weights]
         if outside:
@@ -243,10 +255,10 @@ class _Watch:
 
     def __init__(
         self, progress: TrainingProgress, run: TrainingRun, injection: Injection, patcher: ModelPatcher,
-        prompt: SamplePrompt | None, samples: Sequence[Sample],
+        prompt: SamplePrompt | None, samples: Sequence[Sample], reload: Callable[[], None],
     ):  # fmt: skip
         self.progress, self.run, self.injection, self.patcher = progress, run, injection, patcher
-        self.prompt, self.samples = prompt, samples
+        self.prompt, self.samples, self.reload = prompt, samples, reload
         self.note, self.stop_requested = progress.note, progress.stop_requested
 
     def step(self, step: int, loss: float) -> None:
@@ -255,7 +267,7 @@ class _Watch:
             with torch.no_grad(), self.run.settled():
                 self.injection.weights = self.run.parameters()
             shape = tuple(self.samples[0].latent.shape)
-            show_sample(self.patcher, self.prompt, shape, step, self.progress)
+            show_sample(self.patcher, self.prompt, shape, step, self.progress, self.reload)
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
@@ -267,12 +279,6 @@ def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
     if model.is_dynamic():
         return model.clone(disable_dynamic=True, model_override=model.get_clone_model_override())
     return model.clone()
-
-
-def _memory(patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings) -> float:
-    """Bytes to keep free for activations: a backward pass holds about four times what sampling needs."""
-    shape = max((s.latent.shape for s in samples), key=lambda shape: shape.numel())
-    return 4 * patcher.memory_required([settings.batch_size, *shape[1:]])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,97 @@
+"""Peak memory of SODA Train by plan, as planned from shapes and as taken: SDXL on a GPU, a small UNet on a CPU.
+
+Real ComfyUI classes with random weights, bf16 on a GPU and fp32 on a CPU. On a GPU the peak is torch's count of
+allocated memory, the model included; on a CPU (--small) what torch's profiler sees allocated during training beyond
+what was there, the model left out.
+
+    PYTHONPATH=path/to/ComfyUI python benchmarks/train_memory.py [--decomposition lq] [--size 1024] [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+
+import torch
+from train_step import COMMON, MODELS, Case, load_pack
+
+SMALL = COMMON | {
+    "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 4],
+    "transformer_depth_output": [1, 1, 4, 4], "transformer_depth_middle": 4, "context_dim": 256,
+    "use_linear_in_transformer": False, "adm_in_channels": None, "num_heads": 4,
+}  # fmt: skip
+STEPS = 2
+GIB = 1 << 30
+
+
+def profiled(run) -> int:
+    """The most bytes that run() held at a time on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    held = peak = 0
+    for _, change in sorted(changes):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def on_gpu(run) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decomposition", choices=("lq", "svd"), default="lq")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    load_pack()
+    import comfy.model_management
+    from pack.hosts.comfy import dataset, train
+    from pack.hosts.comfy.memory import Memory
+    from pack.hosts.comfy.progress import TrainingProgress
+    from pack.hosts.comfy.targets import attention_weights
+    from pack.training.plan import PLANS
+    from pack.training.settings import TrainingSettings
+
+    MODELS["small"] = ("SD15", SMALL)
+    case = Case("small" if arguments.small else "sdxl", arguments.size, arguments.batch)
+    patcher, (latents, positive) = case.patcher(), case.data()
+    samples, layers = dataset.collect([latents], [positive]), list(attention_weights(patcher))
+    settings = TrainingSettings(steps=STEPS, learning_rate=1e-3, batch_size=arguments.batch)
+    budget = Memory.of(patcher, layers, samples, (), settings, arguments.decomposition)
+    numbers = sum(w.numel() for key, w in patcher.model.named_parameters() if key.removesuffix(".weight") in layers)
+    size = patcher.model_size() / GIB
+    print(f"{len(layers)} adapted weights of {numbers / 1e6:.0f} M numbers; a model of {size:.2f} GiB")
+    beside = patcher.model_size() if arguments.small else 0  # on a CPU the model is there before
+
+    for plan in PLANS:
+
+        def run(plan=plan):
+            with torch.inference_mode():
+                progress = TrainingProgress(STEPS, None)
+                train.train_adapter(
+                    patcher, samples, settings, arguments.decomposition, 3, "subject", progress, memory=plan
+                )
+
+        start = time.perf_counter()
+        taken = (profiled if arguments.small else on_gpu)(run)
+        seconds = time.perf_counter() - start
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+        planned = max(budget.needed[plan] - (beside if plan != "low VRAM" else 0), 0)
+        print(f"{plan:10} planned {planned / GIB:6.2f} GiB, taken {taken / GIB:6.2f} GiB, {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

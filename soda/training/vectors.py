@@ -1,0 +1,113 @@
+"""The vectors that D is made of, for many weights of one shape, and the adapted weights made with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..adapter import Decomposition
+from ..bases import decompose_all
+from ..decomposition import Basis, complete, spectral_change
+from ..kronecker import rotate
+from .plan import Plan
+
+Side = Tensor | list[Tensor] | None
+
+
+def adapted(base: Tensor, basis: Basis | None, delta: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+    """(W0 + D) R^T, for qr R (W0 + D), of `(..., out, in)` weights; delta `(..., k)` in their dtype, 0 where it is not
+    live. D in one kernel where it needs no padding, no factors for R = I."""
+    if basis is None or delta is None:
+        w = base
+    elif basis.left is None and basis.right is not None and basis.right.shape == base.shape:
+        w = torch.addcmul(base, delta[..., None], basis.right)
+    elif basis.left is not None and basis.right is not None:
+        product = torch.baddbmm if base.dim() == 3 else torch.addmm
+        w = product(base, basis.left * delta[..., None, :], basis.right)
+    else:
+        w = base + spectral_change(basis, delta, base)
+    if not factors:
+        return w
+    return rotate(w.mT, factors).mT if basis is not None and basis.decomposition == "qr" else rotate(w, factors)
+
+
+@dataclass
+class Vectors:
+    """Left and right vectors, by the fast plan one stack `(B, ...)`, else one tensor for each weight, with low VRAM in
+    main memory. In the dtype of the adapted weights; spectrum and live `(B, k)` are stacks on the weights' device."""
+
+    decomposition: Decomposition
+    left: Side
+    right: Side
+    spectrum: Tensor
+    live: Tensor
+
+    @classmethod
+    def of(
+        cls, weights: Mapping[str, Tensor], names: Sequence[str], decomposition: Decomposition, dtype: torch.dtype,
+        plan: Plan,
+    ) -> Vectors | None:  # fmt: skip
+        """Of equal-shaped weights, with both sides for svd: each step needs them. None for `none`."""
+        if decomposition == "none":
+            return None
+        device = weights[names[0]].device
+        chosen = _Only(weights, names)
+        sides: dict[str, Side] = {"left": None, "right": None}
+        small: dict[str, list[Tensor]] = {"spectrum": [], "live": []}
+        for i, (name, basis) in enumerate(decompose_all(chosen, decomposition, device=device, keep=True)):
+            whole = complete(_on(basis, device), weights[name].to(dtype))
+            for side in sides:
+                vectors = getattr(whole, side)
+                if vectors is not None:
+                    sides[side] = _put(sides[side], i, len(names), vectors.to(dtype), plan)
+            for part, values in small.items():
+                values.append(getattr(whole, part))
+        spectrum, live = (torch.stack(values) for values in small.values())
+        return cls(decomposition, sides["left"], sides["right"], spectrum, live)
+
+    def all(self) -> Basis:
+        """The basis of the stack; by the fast plan."""
+        assert not isinstance(self.left, list) and not isinstance(self.right, list)
+        return Basis(self.decomposition, self.left, self.right, self.spectrum, self.live)
+
+    def one(self, i: int, device: torch.device) -> Basis:
+        """The basis of weight i on a device."""
+        left, right = (
+            None if side is None else side[i].to(device, non_blocking=True) for side in (self.left, self.right)
+        )
+        return Basis(self.decomposition, left, right, self.spectrum[i], self.live[i])
+
+
+class _Only(Mapping[str, Tensor]):
+    """Some of the weights, each looked up when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Sequence[str]):
+        self.weights, self.names = weights, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _on(basis: Basis, device: torch.device) -> Basis:
+    return Basis.of(basis.decomposition, {name: tensor.to(device) for name, tensor in basis.tensors().items()})
+
+
+def _put(side: Side, i: int, count: int, vectors: Tensor, plan: Plan) -> Side:
+    """`side` with the vectors of weight i in their place."""
+    if plan == "fast":
+        stack = vectors.new_empty(count, *vectors.shape) if side is None else side
+        stack[i] = vectors
+        return stack
+    if plan == "low VRAM":
+        kept = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=vectors.is_cuda)
+        vectors = kept.copy_(vectors)
+    return [*(side or ()), vectors]
