@@ -2,6 +2,9 @@
 
 Looking at a weight costs a sample of its numbers while it is known, and one SHA-256 when it is new: 1.9 GB for SDXL in
 fp16, at some 1.5 GB/s a thread.
+
+The folder keeps what takes longer to compute than to read. An SSD gives back some 1 GB/s, checks included: SDXL's lq
+takes 2 s to read, on an H100 as long to decompose, and minutes on a CPU; its svd 3.3 s to read and 8 s on an H100.
 """
 
 from __future__ import annotations
@@ -9,23 +12,28 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .bases import WORKING_SET, Progress, decompose_all
+from .bases import WORKING_SET, Progress, decompose_batches
 from .basis_folder import BasisFolder
 from .decomposition import Basis, Key
 from .precision import CPU
 
-MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices in one decomposition take 3.8 GB
-DISK_BYTES = 16 << 30
-HASH_THREADS = 4  # hashlib lets other threads run
+MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
+DISK_BYTES = 8 << 30
+READ_RATE = 1e9  # bytes of bases a second
+THREADS = 4  # hashing and reading let other threads run
+SAMPLE = 1024
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class BasisCache:
@@ -39,6 +47,14 @@ class BasisCache:
         self._known: dict[tuple[int, str], tuple[weakref.ref, str, str]] = {}
         self._lock = threading.Lock()
 
+    def bound(self, memory: int, disk: int) -> None:
+        """Other bounds from now on; what is beyond them goes at once, at 0 all."""
+        with self._lock:
+            self.memory = memory
+            self._shrink()
+        if self._folder is not None and self._folder.limit != disk:
+            self._folder.bound(disk)
+
     def bases(
         self,
         weights: Mapping[str, Tensor],
@@ -49,33 +65,46 @@ class BasisCache:
         working_set: int = WORKING_SET,
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, Basis]]:
-        """(name, basis) of every weight, fp32 on the CPU: those at hand first, the others by `decompose_all`.
+        """(name, basis) of every weight, as kept and on the CPU: those at hand first, then the others.
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
         weights again of which a sample has not changed. `progress(done, total)` is told after every matrix.
         """
         if decomposition == "none":
             return
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashes = list(pool.map(lambda item: self._hash(owner, *item), weights.items()))
-        keys: dict[str, Key] = {name: (found, decomposition) for name, found in zip(weights, hashes, strict=True)}
+        hashes = self.hashes(weights, owner)
+        keys: dict[str, Key] = {name: (hashes[name], decomposition) for name in weights}
         tell: Progress = progress or (lambda done, total: None)
         missing: dict[str, Tensor] = {}
-        known = 0
-        for name, weight in weights.items():
-            basis = self.get(keys[name], weight.shape)
-            if basis is None:
-                missing[name] = weight
-            else:
-                known += 1
-                tell(known, len(weights))
+        done, names = 0, list(weights)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(names), THREADS):  # no more at a time: what is not kept must not pile up
+                some = names[start : start + THREADS]
+                found = pool.map(lambda name: self.get(keys[name], weights[name].shape), some)
+                for name, basis in zip(some, list(found), strict=True):
+                    if basis is None:
+                        missing[name] = weights[name]
+                    else:
+                        done += 1
+                        tell(done, len(names))
+                        yield name, basis
+        start_time = time.perf_counter()
+        for batch in decompose_batches(missing, decomposition, device=device, working_set=working_set):
+            taken = time.perf_counter() - start_time
+            kept = {name: basis.kept() for name, basis in batch.items()}
+            to_disk = taken * READ_RATE > sum(basis.nbytes for basis in kept.values())
+            for name, basis in kept.items():
+                self.put(keys[name], basis, to_disk)
+                done += 1
+                tell(done, len(names))
                 yield name, basis
-        for name, basis in decompose_all(
-            missing, decomposition, device=device, working_set=working_set,
-            progress=lambda done, _: tell(known + done, len(weights)),
-        ):  # fmt: skip
-            self.put(keys[name], basis)
-            yield name, basis
+            start_time = time.perf_counter()
+
+    def hashes(self, weights: Mapping[str, Tensor], owner: object = None) -> dict[str, str]:
+        """`weight_hash` of every weight; see `bases` for the owner."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = pool.map(lambda item: self._hash(owner, *item), weights.items())
+            return dict(zip(weights, found, strict=True))
 
     def get(self, key: Key, shape: torch.Size) -> Basis | None:
         """The basis of a weight of this shape by its `weight_hash` and decomposition, or None."""
@@ -89,10 +118,10 @@ class BasisCache:
             self._keep(key, basis)
         return basis
 
-    def put(self, key: Key, basis: Basis) -> None:
-        """Keep a basis, in memory and in the folder."""
+    def put(self, key: Key, basis: Basis, to_disk: bool = True) -> None:
+        """Keep a basis that is in its kept form, in memory and in the folder."""
         self._keep(key, basis)
-        if self._folder is not None:
+        if self._folder is not None and to_disk:
             self._folder.put(key, basis)
 
     def _keep(self, key: Key, basis: Basis) -> None:
@@ -100,8 +129,11 @@ class BasisCache:
             self._drop(key)
             self._kept[key] = basis
             self.size += basis.nbytes
-            while self.size > self.memory:
-                self._drop(next(iter(self._kept)))
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while self.size > self.memory:
+            self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Key) -> None:
         basis = self._kept.pop(key, None)
@@ -129,9 +161,16 @@ def weight_hash(weight: Tensor) -> str:
 
 
 def sample(weight: Tensor) -> str:
-    """A digest of dtype, shape and some thousand evenly spaced numbers: tells a changed weight from the same one."""
+    """A digest of dtype, shape and some thousand spread numbers: tells a changed weight from the same one."""
     flat = weight.reshape(-1)
-    return _digest(weight, flat[:: max(1, flat.numel() // 1024)])
+    return _digest(weight, flat if flat.numel() <= SAMPLE else flat[_places(flat.numel(), flat.device)])
+
+
+@lru_cache(maxsize=64)
+def _places(count: int, device: torch.device) -> Tensor:
+    """Indices below `count` in all rows and columns alike: a fixed step may meet few columns again and again."""
+    with torch.inference_mode(False):
+        return (torch.arange(SAMPLE, dtype=torch.float64) * GOLDEN % 1 * count).long().to(device)
 
 
 def _digest(weight: Tensor, numbers: Tensor) -> str:
