@@ -61,6 +61,7 @@ class BasisCache:
         decomposition: Decomposition,
         *,
         owner: object = None,
+        hashes: Mapping[str, str] | None = None,
         device: torch.device = CPU,
         working_set: int = WORKING_SET,
         progress: Progress | None = None,
@@ -68,26 +69,20 @@ class BasisCache:
         """(name, basis) of every weight, as kept and on the CPU: those at hand first, then the others.
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
-        weights again of which a sample has not changed. `progress(done, total)` is told after every matrix.
+        weights again of which a sample has not changed. hashes: what `hashes` gave for them.
+        `progress(done, total)` is told after every matrix.
         """
         if decomposition == "none":
             return
-        hashes = self.hashes(weights, owner)
+        hashes = self.hashes(weights, owner) if hashes is None else hashes
         keys: dict[str, Key] = {name: (hashes[name], decomposition) for name in weights}
         tell: Progress = progress or (lambda done, total: None)
-        missing: dict[str, Tensor] = {}
-        done, names = 0, list(weights)
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(names), THREADS):  # no more at a time: what is not kept must not pile up
-                some = names[start : start + THREADS]
-                found = pool.map(lambda name: self.get(keys[name], weights[name].shape), some)
-                for name, basis in zip(some, list(found), strict=True):
-                    if basis is None:
-                        missing[name] = weights[name]
-                    else:
-                        done += 1
-                        tell(done, len(names))
-                        yield name, basis
+        missing = dict(weights)
+        for name, basis in self._at_hand(keys, weights):
+            del missing[name]
+            tell(len(weights) - len(missing), len(weights))
+            yield name, basis
+        done = len(weights) - len(missing)
         start_time = time.perf_counter()
         for batch in decompose_batches(missing, decomposition, device=device, working_set=working_set):
             taken = time.perf_counter() - start_time
@@ -96,27 +91,60 @@ class BasisCache:
             for name, basis in kept.items():
                 self.put(keys[name], basis, to_disk)
                 done += 1
-                tell(done, len(names))
+                tell(done, len(weights))
                 yield name, basis
             start_time = time.perf_counter()
 
+    def _at_hand(self, keys: Mapping[str, Key], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Basis]]:
+        """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
+        absent = []
+        for name, key in keys.items():
+            basis = self._in_memory(key)
+            if basis is None:
+                absent.append(name)
+            else:
+                yield name, basis
+        if self._folder is None or not absent:
+            return
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(absent), THREADS):
+                some = absent[start : start + THREADS]
+                for name, basis in zip(
+                    some, pool.map(lambda n: self.get(keys[n], weights[n].shape), some), strict=True
+                ):
+                    if basis is not None:
+                        yield name, basis
+
     def hashes(self, weights: Mapping[str, Tensor], owner: object = None) -> dict[str, str]:
         """`weight_hash` of every weight; see `bases` for the owner."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            found = pool.map(lambda item: self._hash(owner, *item), weights.items())
-            return dict(zip(weights, found, strict=True))
+        samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
+        known = {name: self._known.get((id(owner), name)) for name in samples}
+        found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
+        new = [name for name in weights if name not in found]
+        if new:
+            with ThreadPoolExecutor(THREADS) as pool:
+                found.update(zip(new, pool.map(lambda name: weight_hash(weights[name]), new), strict=True))
+        if owner is not None:
+            for name in new:
+                self._remember(owner, name, samples[name], found[name])
+        return found
 
     def get(self, key: Key, shape: torch.Size) -> Basis | None:
         """The basis of a weight of this shape by its `weight_hash` and decomposition, or None."""
-        with self._lock:
-            basis = self._kept.get(key)
-            if basis is not None:
-                self._kept.move_to_end(key)
-                return basis
+        basis = self._in_memory(key)
+        if basis is not None:
+            return basis
         basis = None if self._folder is None else self._folder.get(key, shape)
         if basis is not None:
             self._keep(key, basis)
         return basis
+
+    def _in_memory(self, key: Key) -> Basis | None:
+        with self._lock:
+            basis = self._kept.get(key)
+            if basis is not None:
+                self._kept.move_to_end(key)
+            return basis
 
     def put(self, key: Key, basis: Basis, to_disk: bool = True) -> None:
         """Keep a basis that is in its kept form, in memory and in the folder."""
@@ -140,16 +168,9 @@ class BasisCache:
         if basis is not None:
             self.size -= basis.nbytes
 
-    def _hash(self, owner: object, name: str, weight: Tensor) -> str:
-        if owner is None:
-            return weight_hash(weight)
-        place, seen = (id(owner), name), sample(weight)
-        known = self._known.get(place)
-        if known is not None and known[0]() is owner and known[1] == seen:
-            return known[2]
-        digest = weight_hash(weight)
+    def _remember(self, owner: object, name: str, seen: str, digest: str) -> None:
+        place = (id(owner), name)
         self._known[place] = (weakref.ref(owner, lambda _: self._known.pop(place, None)), seen, digest)
-        return digest
 
 
 def weight_hash(weight: Tensor) -> str:

@@ -64,10 +64,10 @@ class ModelBases:
 
     def __init__(self, patcher: ModelPatcher, wanted: Iterable[tuple[str, Decomposition]]):
         self._cache = bounded_cache()
-        self._owner, self._device = patcher.model, patcher.load_device
+        self._device = patcher.load_device
         wanted = set(wanted)
         self.weights = {layer: layer_weight(patcher, layer) for layer, _ in sorted(wanted)}
-        self.hashes = self._cache.hashes(self.weights, self._owner)
+        self.hashes = self._cache.hashes(self.weights, patcher.model)
         self.bytes = sum(kept_bytes(self.weights[layer].shape, kind) for layer, kind in wanted)
 
     @property
@@ -92,6 +92,6 @@ class ModelBases:
         """((layer, decomposition), basis) of some of them, from the cache or computed now."""
         for decomposition in sorted({kind for _, kind in places}):
             weights = {layer: self.weights[layer] for layer, kind in sorted(places) if kind == decomposition}
-            found = self._cache.bases(weights, decomposition, owner=self._owner, device=self._device)
+            found = self._cache.bases(weights, decomposition, hashes=self.hashes, device=self._device)
             for layer, basis in found:
                 yield (layer, decomposition), basis

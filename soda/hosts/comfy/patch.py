@@ -7,7 +7,8 @@ not matter, and unpatching, low VRAM and dynamic VRAM come from core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -106,7 +107,7 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
     bases = ModelBases(patcher, wanted)
     errors = spectrum_errors([(adapter, layers) for adapter, layers, _ in fitting], bases)
     checked = [
-        (Adapter(fit_to_apply(adapter, layers, error, report), adapter.metadata, adapter.name), weight)
+        (_with_layers(adapter, fit_to_apply(adapter, layers, error, report)), weight)
         for (adapter, layers, weight), error in zip(fitting, errors, strict=True)
         if layers
     ]
@@ -123,6 +124,13 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
     _replace(clone, patches)
     report.changed += len(patches)
     return clone
+
+
+def _with_layers(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]]) -> Adapter:
+    """The adapter itself where these are all it has: it knows its hash already."""
+    own = adapter.layers
+    whole = len(layers) == len(own) and all(layers[name] is terms for name, terms in own.items())
+    return adapter if whole else replace(adapter, layers=layers)
 
 
 def _is_soda(entry: tuple) -> bool:
