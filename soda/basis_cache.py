@@ -31,7 +31,7 @@ from .precision import CPU
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
 DISK_BYTES = 8 << 30
 READ_RATE = 1e9  # bytes of bases a second
-THREADS = 4  # hashing and reading let other threads run
+HASH_THREADS = 4  # hashing and reading let other threads run
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -106,9 +106,9 @@ class BasisCache:
                 yield name, basis
         if self._folder is None or not absent:
             return
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(absent), THREADS):
-                some = absent[start : start + THREADS]
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for start in range(0, len(absent), HASH_THREADS):
+                some = absent[start : start + HASH_THREADS]
                 for name, basis in zip(
                     some, pool.map(lambda n: self.get(keys[n], weights[n].shape), some), strict=True
                 ):
@@ -122,7 +122,7 @@ class BasisCache:
         found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
         new = [name for name in weights if name not in found]
         if new:
-            with ThreadPoolExecutor(THREADS) as pool:
+            with ThreadPoolExecutor(HASH_THREADS) as pool:
                 found.update(zip(new, pool.map(lambda name: weight_hash(weights[name]), new), strict=True))
         if owner is not None:
             for name in new:
