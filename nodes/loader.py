@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..soda.file import load
 from ..soda.hosts.comfy import folders, patch, status
 from .sockets import CATEGORY, SODA_ADAPTER, strength_input
 
@@ -54,7 +53,7 @@ class SodaLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, adapter_name: str, strength: float, clip=None, strength_clip: float = 1.0) -> io.NodeOutput:
-        adapter = load(folders.resolve(adapter_name))
+        adapter = folders.load(adapter_name)
         new_model, new_clip, report = patch.apply(model, [(adapter, strength)], clip, [(adapter, strength_clip)])
         status.show(report.text(), cls.hidden.unique_id)
         return io.NodeOutput(new_model, new_clip, adapter)

@@ -9,7 +9,6 @@ from comfy_api.latest import io
 
 from ..soda.adapter import Adapter
 from ..soda.errors import SodaMixError
-from ..soda.file import load
 from ..soda.hosts.comfy import folders, patch, status
 from ..soda.mixing import mix
 from .sockets import CATEGORY, ROLES, SODA_ADAPTER, strength_input
@@ -71,7 +70,7 @@ def parts(row: dict, sockets: dict) -> list[tuple[Adapter, float]]:
     found = []
     for values in filled_rows(row):
         if values["adapter_name"] != WIRED:
-            adapter = load(folders.resolve(values["adapter_name"]))
+            adapter = folders.load(values["adapter_name"])
         elif wired:
             adapter = wired.pop(0)
         else:

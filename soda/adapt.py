@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .adapter import Decomposition, Layer
-from .decomposition import Basis, spectral_change
+from .decomposition import Basis, add_spectral_change
 from .errors import SodaMixError
-from .kronecker import expm_factors, kronecker_sum, rotate
-from .precision import CPU
+from .rotation import Rotations, rotations
+
+
+class Spectrum(NamedTuple):
+    """One D: the vectors of its basis, and delta, 0 where the basis is not live; on the weight's device."""
+
+    decomposition: Decomposition
+    left: Tensor | None
+    right: Tensor | None
+    delta: Tensor
 
 
 def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition, Basis]) -> Tensor:
@@ -25,38 +34,32 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
     terms = [layer for layer in layers if not layer.is_zero()]
     if not terms:
         return weight
-    w = weight if weight.dtype == torch.float64 else weight.float()
-    adapted = w
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    spectra = []
     for term in terms:
-        if term.delta is not None and term.delta.count_nonzero():
-            if term.delta.numel() != min(w.shape):
-                raise SodaMixError(f"a spectrum of {term.delta.numel()} numbers does not fit a weight {tuple(w.shape)}")
-            adapted = adapted + spectral_change(bases[term.decomposition], term.delta.to(w), w)
-    for side, dimension in (("input", w.shape[1]), ("output", w.shape[0])):
-        turning = [term for term in terms if term.side == side]
-        for term in turning:
-            if term.dimension != dimension:
-                raise SodaMixError(
-                    f"factor sizes {term.sizes} turn {term.dimension} {side}s, but the weight has {tuple(w.shape)}"
-                )
-        factors = _factors(turning, w)
-        if factors:
-            adapted = rotate(adapted, factors) if side == "input" else rotate(adapted.mT, factors).mT
-    return adapted
+        width = weight.shape[0] if term.side == "output" else weight.shape[1]
+        if term.dimension != width:
+            raise SodaMixError(
+                f"factor sizes {term.sizes} turn {term.dimension} {term.side}s, but the weight has "
+                f"{tuple(weight.shape)}"
+            )
+        if term.delta is None or not term.delta.count_nonzero():
+            continue
+        if term.delta.numel() != min(weight.shape):
+            raise SodaMixError(
+                f"a spectrum of {term.delta.numel()} numbers does not fit a weight {tuple(weight.shape)}"
+            )
+        basis = bases[term.decomposition]
+        delta = torch.where(basis.live, term.delta.to(basis.live.device), 0.0).to(weight.device, dtype)
+        spectra.append(Spectrum(term.decomposition, basis.left, basis.right, delta))
+    return changed(weight, spectra, rotations({"": terms}, 1.0, weight.device, dtype)[""])
 
 
-def _factors(terms: Sequence[Layer], like: Tensor) -> list[Tensor]:
-    """R of the terms as Kronecker factors, or as one dense matrix where their sizes differ; [] for the identity.
-
-    The small exponentials run in fp64 on the CPU: fewer launches, and not every device has fp64.
-    """
-    sums: dict[tuple[int, ...], list[Tensor]] = {}
-    for term in terms:
-        logs = [log.to(CPU, torch.float64) for log in term.logs]
-        known = sums.get(term.sizes)
-        sums[term.sizes] = logs if known is None else [a + b for a, b in zip(known, logs, strict=True)]
-    sums = {sizes: logs for sizes, logs in sums.items() if any(log.count_nonzero() for log in logs)}
-    if len(sums) > 1:
-        total = torch.stack([kronecker_sum(logs, sizes) for sizes, logs in sorted(sums.items())]).sum(0)
-        return [torch.linalg.matrix_exp(total.to(like.device if like.is_cuda else CPU)).to(like)]
-    return [f.to(like) for sizes, logs in sums.items() for f in expm_factors(logs, sizes)]
+def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations) -> Tensor:
+    """The weight `(out, in)` with these spectra and rotations, fp32 (fp64 for an fp64 weight)."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w = weight.to(dtype)
+    total = w.clone() if spectra else w
+    for spectrum in spectra:
+        add_spectral_change(total, *spectrum, w)
+    return turns.output.turn(turns.input.turn(total).mT).mT

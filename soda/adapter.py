@@ -49,12 +49,12 @@ class Layer:
     logs: tuple[Tensor, ...]
     sketch: Tensor | None = None
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Factor sizes n_1 ... n_r."""
         return tuple(factor_size(log.numel()) for log in self.logs)
 
-    @property
+    @cached_property
     def dimension(self) -> int:
         """The rotated dimension, the product of the factor sizes."""
         return math.prod(self.sizes)

@@ -31,23 +31,31 @@ def decompose_all(
     one matrix takes. `weights` may load a weight anew at every look. `progress(done, total)` is told after every
     matrix. Raises ValueError as `decompose` does.
     """
+    done = 0
+    for batch in decompose_batches(weights, decomposition, device=device, working_set=working_set, keep=keep):
+        for name, basis in batch.items():
+            done += 1
+            if progress is not None:
+                progress(done, len(weights))
+            yield name, basis
+
+
+def decompose_batches(
+    weights: Mapping[str, Tensor], decomposition: Decomposition, *, device: torch.device, working_set: int,
+    keep: bool = False,
+) -> Iterator[dict[str, Basis]]:  # fmt: skip
+    """`decompose_all` by what is decomposed together."""
     if decomposition == "none":
         return
     device = solver_device(device, decomposition)
     by_shape: dict[torch.Size, list[str]] = {}
     for name, weight in weights.items():
         by_shape.setdefault(weight.shape, []).append(name)
-    done, total = 0, len(weights)
     for shape, names in by_shape.items():
         count = max(1, working_set // working_bytes(shape, decomposition, device))
         for start in range(0, len(names), count):
             chunk = names[start : start + count]
-            made = _batch([weights[n] for n in chunk], decomposition, device, keep)
-            for name, basis in zip(chunk, made, strict=True):
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-                yield name, basis
+            yield dict(zip(chunk, _batch([weights[n] for n in chunk], decomposition, device, keep), strict=True))
 
 
 def working_bytes(shape: torch.Size, decomposition: Decomposition, device: torch.device) -> int:

@@ -2,6 +2,9 @@
 
 Looking at a weight costs a sample of its numbers while it is known, and one SHA-256 when it is new: 1.9 GB for SDXL in
 fp16, at some 1.5 GB/s a thread.
+
+The folder keeps what takes longer to compute than to read. An SSD gives back some 1 GB/s, checks included: SDXL's lq
+takes 2 s to read, on an H100 as long to decompose, and minutes on a CPU; its svd 3.3 s to read and 8 s on an H100.
 """
 
 from __future__ import annotations
@@ -9,23 +12,28 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .bases import WORKING_SET, Progress, decompose_all
+from .bases import WORKING_SET, Progress, decompose_batches
 from .basis_folder import BasisFolder
 from .decomposition import Basis, Key
 from .precision import CPU
 
-MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices in one decomposition take 3.8 GB
-DISK_BYTES = 16 << 30
-HASH_THREADS = 4  # hashlib lets other threads run
+MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
+DISK_BYTES = 8 << 30
+READ_RATE = 1e9  # bytes of bases a second
+HASH_THREADS = 4  # hashing and reading let other threads run
+SAMPLE = 1024
+GOLDEN = (5**0.5 - 1) / 2
 
 
 class BasisCache:
@@ -39,60 +47,109 @@ class BasisCache:
         self._known: dict[tuple[int, str], tuple[weakref.ref, str, str]] = {}
         self._lock = threading.Lock()
 
+    def bound(self, memory: int, disk: int) -> None:
+        """Other bounds from now on; what is beyond them goes at once, at 0 all."""
+        with self._lock:
+            self.memory = memory
+            self._shrink()
+        if self._folder is not None and self._folder.limit != disk:
+            self._folder.bound(disk)
+
     def bases(
         self,
         weights: Mapping[str, Tensor],
         decomposition: Decomposition,
         *,
         owner: object = None,
+        hashes: Mapping[str, str] | None = None,
         device: torch.device = CPU,
         working_set: int = WORKING_SET,
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, Basis]]:
-        """(name, basis) of every weight, fp32 on the CPU: those at hand first, the others by `decompose_all`.
+        """(name, basis) of every weight, as kept and on the CPU: those at hand first, then the others.
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
-        weights again of which a sample has not changed. `progress(done, total)` is told after every matrix.
+        weights again of which a sample has not changed. hashes: what `hashes` gave for them.
+        `progress(done, total)` is told after every matrix.
         """
         if decomposition == "none":
             return
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            hashes = list(pool.map(lambda item: self._hash(owner, *item), weights.items()))
-        keys: dict[str, Key] = {name: (found, decomposition) for name, found in zip(weights, hashes, strict=True)}
+        hashes = self.hashes(weights, owner) if hashes is None else hashes
+        keys: dict[str, Key] = {name: (hashes[name], decomposition) for name in weights}
         tell: Progress = progress or (lambda done, total: None)
-        missing: dict[str, Tensor] = {}
-        known = 0
-        for name, weight in weights.items():
-            basis = self.get(keys[name], weight.shape)
-            if basis is None:
-                missing[name] = weight
-            else:
-                known += 1
-                tell(known, len(weights))
-                yield name, basis
-        for name, basis in decompose_all(
-            missing, decomposition, device=device, working_set=working_set,
-            progress=lambda done, _: tell(known + done, len(weights)),
-        ):  # fmt: skip
-            self.put(keys[name], basis)
+        missing = dict(weights)
+        for name, basis in self._at_hand(keys, weights):
+            del missing[name]
+            tell(len(weights) - len(missing), len(weights))
             yield name, basis
+        done = len(weights) - len(missing)
+        start_time = time.perf_counter()
+        for batch in decompose_batches(missing, decomposition, device=device, working_set=working_set):
+            taken = time.perf_counter() - start_time
+            kept = {name: basis.kept() for name, basis in batch.items()}
+            to_disk = taken * READ_RATE > sum(basis.nbytes for basis in kept.values())
+            for name, basis in kept.items():
+                self.put(keys[name], basis, to_disk)
+                done += 1
+                tell(done, len(weights))
+                yield name, basis
+            start_time = time.perf_counter()
+
+    def _at_hand(self, keys: Mapping[str, Key], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Basis]]:
+        """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
+        absent = []
+        for name, key in keys.items():
+            basis = self._in_memory(key)
+            if basis is None:
+                absent.append(name)
+            else:
+                yield name, basis
+        if self._folder is None or not absent:
+            return
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for start in range(0, len(absent), HASH_THREADS):
+                some = absent[start : start + HASH_THREADS]
+                for name, basis in zip(
+                    some, pool.map(lambda n: self.get(keys[n], weights[n].shape), some), strict=True
+                ):
+                    if basis is not None:
+                        yield name, basis
+
+    def hashes(self, weights: Mapping[str, Tensor], owner: object = None) -> dict[str, str]:
+        """`weight_hash` of every weight; see `bases` for the owner."""
+        samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
+        known = {name: self._known.get((id(owner), name)) for name in samples}
+        found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
+        new = [name for name in weights if name not in found]
+        if new:
+            with ThreadPoolExecutor(HASH_THREADS) as pool:
+                found.update(zip(new, pool.map(lambda name: weight_hash(weights[name]), new), strict=True))
+        if owner is not None:
+            for name in new:
+                self._remember(owner, name, samples[name], found[name])
+        return found
 
     def get(self, key: Key, shape: torch.Size) -> Basis | None:
         """The basis of a weight of this shape by its `weight_hash` and decomposition, or None."""
-        with self._lock:
-            basis = self._kept.get(key)
-            if basis is not None:
-                self._kept.move_to_end(key)
-                return basis
+        basis = self._in_memory(key)
+        if basis is not None:
+            return basis
         basis = None if self._folder is None else self._folder.get(key, shape)
         if basis is not None:
             self._keep(key, basis)
         return basis
 
-    def put(self, key: Key, basis: Basis) -> None:
-        """Keep a basis, in memory and in the folder."""
+    def _in_memory(self, key: Key) -> Basis | None:
+        with self._lock:
+            basis = self._kept.get(key)
+            if basis is not None:
+                self._kept.move_to_end(key)
+            return basis
+
+    def put(self, key: Key, basis: Basis, to_disk: bool = True) -> None:
+        """Keep a basis that is in its kept form, in memory and in the folder."""
         self._keep(key, basis)
-        if self._folder is not None:
+        if self._folder is not None and to_disk:
             self._folder.put(key, basis)
 
     def _keep(self, key: Key, basis: Basis) -> None:
@@ -100,24 +157,20 @@ class BasisCache:
             self._drop(key)
             self._kept[key] = basis
             self.size += basis.nbytes
-            while self.size > self.memory:
-                self._drop(next(iter(self._kept)))
+            self._shrink()
+
+    def _shrink(self) -> None:
+        while self.size > self.memory:
+            self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Key) -> None:
         basis = self._kept.pop(key, None)
         if basis is not None:
             self.size -= basis.nbytes
 
-    def _hash(self, owner: object, name: str, weight: Tensor) -> str:
-        if owner is None:
-            return weight_hash(weight)
-        place, seen = (id(owner), name), sample(weight)
-        known = self._known.get(place)
-        if known is not None and known[0]() is owner and known[1] == seen:
-            return known[2]
-        digest = weight_hash(weight)
+    def _remember(self, owner: object, name: str, seen: str, digest: str) -> None:
+        place = (id(owner), name)
         self._known[place] = (weakref.ref(owner, lambda _: self._known.pop(place, None)), seen, digest)
-        return digest
 
 
 def weight_hash(weight: Tensor) -> str:
@@ -129,9 +182,16 @@ def weight_hash(weight: Tensor) -> str:
 
 
 def sample(weight: Tensor) -> str:
-    """A digest of dtype, shape and some thousand evenly spaced numbers: tells a changed weight from the same one."""
+    """A digest of dtype, shape and some thousand spread numbers: tells a changed weight from the same one."""
     flat = weight.reshape(-1)
-    return _digest(weight, flat[:: max(1, flat.numel() // 1024)])
+    return _digest(weight, flat if flat.numel() <= SAMPLE else flat[_places(flat.numel(), flat.device)])
+
+
+@lru_cache(maxsize=64)
+def _places(count: int, device: torch.device) -> Tensor:
+    """Indices below `count` in all rows and columns alike: a fixed step may meet few columns again and again."""
+    with torch.inference_mode(False):
+        return (torch.arange(SAMPLE, dtype=torch.float64) * GOLDEN % 1 * count).long().to(device)
 
 
 def _digest(weight: Tensor, numbers: Tensor) -> str:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .decomposition import Basis, Key
 
-SUFFIX = ".basis1.safetensors"
+SUFFIX = ".basis2.safetensors"  # 1 had all vectors in fp32
+BITS = {torch.bool: torch.uint8, torch.float16: torch.int16, torch.float32: torch.int32}
 ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,14 @@ class BasisFolder:
         self.limit = limit
         self._unscanned = 0  # bytes that may be written before the folder is looked through again
         self._writable = True
+
+    def bound(self, limit: int) -> None:
+        """Another limit from now on; what is beyond it goes at once."""
+        self.limit = limit
+        self._unscanned = 0
+        self._writable = True
+        with contextlib.suppress(OSError):
+            self._make_room(0)
 
     def get(self, key: Key, shape: torch.Size) -> Basis | None:
         """The basis of a weight of this shape, or None."""
@@ -52,8 +61,10 @@ class BasisFolder:
 
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
+        if not self._writable or basis.nbytes > self.limit:
+            return
         data = to_bytes({**basis.tensors(), "checksum": _checksum(basis)})
-        if not self._writable or len(data) > self.limit:
+        if len(data) > self.limit:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -112,6 +123,6 @@ def _checksum(basis: Basis) -> Tensor:
     """The sums of the numbers' bits, int64: any one flipped, and any page lost, changes one. A pass at memory speed."""
     sums = []
     for _, tensor in sorted(basis.tensors().items()):
-        bits = tensor.contiguous().view(torch.uint8 if tensor.dtype == torch.bool else torch.int32)
+        bits = tensor.contiguous().view(BITS[tensor.dtype])
         sums.append(bits.sum(dtype=torch.int64))
     return torch.stack(sums)

@@ -13,14 +13,15 @@ direction of its own: its q is whatever fits, takes no delta, and leaves the row
 svd comes from the fp64 eigenvectors of the smaller Gram matrix, W W^T = U S^2 U^T or W^T W = V S^2 V^T, and these are
 all that a basis keeps. The other side follows from the weight at hand, V^T = S^-1 U^T W, for one product:
 
-    kept by a basis (SDXL's 560 attention matrices, 0.955 B weights)         numbers       fp32
-    lq, qr   Q                                                               955 M         3.8 GB
-    svd      U or V, whichever is smaller                                    819 M         3.3 GB
+    kept by a basis (SDXL's 560 attention matrices, 0.955 B weights)         numbers       fp32     as kept
+    lq, qr   Q                                                               955 M         3.8 GB   1.9 GB, fp16
+    svd      U or V, whichever is smaller                                    819 M         3.3 GB   3.3 GB, fp32
     svd, complete: both sides, for training, which makes D in every step     1774 M        7.1 GB
 
 Relative error of D against fp64, 1280 x 1280 (benchmarks/decomposition.py): svd in fp64 3e-13 to 3e-10, from vectors
 kept in fp32 1e-6 to 1e-4 (their rounding grows by sigma_max / sigma; torch.linalg.svd in fp32 has 1e-4 to 3e-3);
-lq in fp32 1e-6 to 1e-5, in fp64 1e-12.
+lq in fp32 1e-6 to 1e-5, in fp64 1e-12, kept in fp16 2e-4: Q enters D as it is, so that its rounding does not grow.
+svd kept in fp16 would have 5e-3 (Gaussian) to 0.12 (a spectrum that falls to 1e-4).
 """
 
 from __future__ import annotations
@@ -68,14 +69,35 @@ class Basis:
         """The bytes that its tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def kept(self) -> Basis:
+        """The form in which it is kept and applied: Q of lq and qr in fp16, all else in fp32."""
+        dtype = vector_dtype(self.decomposition)
+        sides = {name: t.to(dtype) for name, t in self.tensors().items() if name in ("left", "right")}
+        return Basis.of(self.decomposition, {**self.tensors(), **sides, "spectrum": self.spectrum.float()})
+
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether it has the tensors of an fp32 basis of one weight `(out, in)`."""
+        """Whether it has the tensors of a kept basis of one weight `(out, in)`."""
         (out, inner), k = shape, min(shape)
         left = self.decomposition == "qr" or (self.decomposition == "svd" and out <= inner)
-        sides = {"left": (out, k)} if left else {"right": (k, inner)}
-        forms = {name: (shape, torch.float32) for name, shape in {**sides, "spectrum": (k,)}.items()}
-        forms["live"] = ((k,), torch.bool)
+        side, vectors = ("left", (out, k)) if left else ("right", (k, inner))
+        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            side: (vectors, vector_dtype(self.decomposition)),
+            "spectrum": ((k,), torch.float32),
+            "live": ((k,), torch.bool),
+        }
         return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()} == forms
+
+
+def vector_dtype(decomposition: Decomposition) -> torch.dtype:
+    """Of a kept basis."""
+    return torch.float32 if decomposition == "svd" else torch.float16
+
+
+def kept_bytes(shape: Sequence[int], decomposition: Decomposition) -> int:
+    """Bytes of the kept basis of one weight `(out, in)`."""
+    k = min(shape)
+    sides = {"lq": shape[1], "qr": shape[0], "svd": k}
+    return k * sides[decomposition] * vector_dtype(decomposition).itemsize + 5 * k
 
 
 @torch.no_grad()
@@ -198,23 +220,51 @@ def spectral_change(basis: Basis, delta: Tensor, weight: Tensor) -> Tensor:
     return _padded(basis.left * delta[..., None, :], weight.shape)
 
 
+def add_spectral_change(
+    total: Tensor,
+    decomposition: Decomposition,
+    left: Tensor | None,
+    right: Tensor | None,
+    delta: Tensor,
+    weight: Tensor,
+) -> None:
+    """total += D, where `delta` is 0 already for all that is not live; one pass, and no D, for lq and qr.
+
+    left, right: a basis's, in any dtype; delta, total, weight (the one decomposed): fp32 or fp64; all on one device.
+    """
+    if decomposition == "svd":
+        live = delta != 0
+        left = _other_side(right, weight.mT, live).mT if left is None and right is not None else left
+        assert left is not None
+        right = _other_side(left.mT, weight, live) if right is None else right
+        with full_fp32():
+            total.addmm_((left * delta).to(total.dtype), right.to(total.dtype))
+    elif right is not None:
+        total[: len(delta)].addcmul_(delta[:, None], right)
+    elif left is not None:
+        total[:, : len(delta)].addcmul_(left, delta)
+
+
 def spectral_product(basis: Basis, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """D x `(..., out, m)` of an x `(..., in, m)`, without D: far cheaper for few columns.
 
-    `weight` is the one that was decomposed; all in one dtype on one device.
+    `weight` is the one that was decomposed. All on one device, the result in x's dtype; lq and qr do not look at the
+    weight's numbers.
     """
-    delta = torch.where(basis.live, delta, 0.0)[..., None]
+    delta = torch.where(basis.live, delta, 0.0).to(x.dtype)[..., None]
+    left, right = (None if side is None else side.to(x.dtype) for side in (basis.left, basis.right))
     if basis.decomposition == "lq":
-        assert basis.right is not None
-        return _padded(delta * (basis.right @ x), (weight.shape[-2], x.shape[-1]))
+        assert right is not None
+        return _padded(delta * (right @ x), (weight.shape[-2], x.shape[-1]))
     if basis.decomposition == "qr":
-        assert basis.left is not None
-        return basis.left @ (delta * x[..., : delta.shape[-2], :])
+        assert left is not None
+        return left @ (delta * x[..., : delta.shape[-2], :])
     share = torch.where(basis.live[..., None], delta / basis.spectrum[..., None], 0.0)
-    if basis.left is not None:
-        return basis.left @ (share * (basis.left.mT @ (weight @ x)))
-    assert basis.right is not None
-    return weight @ (basis.right.mT @ (share * (basis.right @ x)))
+    weight = weight.to(x)
+    if left is not None:
+        return left @ (share * (left.mT @ (weight @ x)))
+    assert right is not None
+    return weight @ (right.mT @ (share * (right @ x)))
 
 
 def _padded(x: Tensor, shape: Sequence[int]) -> Tensor:

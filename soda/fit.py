@@ -36,16 +36,19 @@ def misfit(terms: Sequence[Layer], shape: Sequence[int]) -> str | None:
 
 def spectrum_error(terms: Iterable[tuple[Layer, Basis, Tensor]]) -> float | None:
     """Estimated ||D here - D trained|| / ||D trained|| over terms with a sketch, each given with the weight at hand
-    (out, in) and its basis, fp32 on the CPU; None when no term has a sketch. Good to some +-40 %, better for many."""
-
-    def here(delta: Tensor, basis: Basis, weight: Tensor) -> Tensor:
-        return sketch_product(lambda x: spectral_product(basis, delta, weight, x), weight.shape)
-
+    (out, in) and its basis; None when no term has a sketch. Good to some +-40 %, better for many."""
     return relative_error(
-        (here(term.delta, basis, weight), term.sketch)
+        sketches(term, basis, weight)
         for term, basis, weight in terms
         if term.delta is not None and term.sketch is not None
     )
+
+
+def sketches(term: Layer, basis: Basis, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(of D on this weight, of D on the one trained on) for a term with a sketch; term and basis on the CPU."""
+    delta, trained = term.delta, term.sketch
+    assert delta is not None and trained is not None
+    return sketch_product(lambda x: spectral_product(basis, delta, weight, x), weight.shape), trained
 
 
 def rotation_only(layers: Mapping[str, tuple[Layer, ...]]) -> dict[str, tuple[Layer, ...]]:

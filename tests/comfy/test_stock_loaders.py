@@ -18,8 +18,8 @@ from soda_pack.soda.adapter import Adapter, Layer
 from soda_pack.soda.errors import SodaFileError, SodaMixError
 from soda_pack.soda.file import save
 from soda_pack.soda.fit import rotation_only
-from soda_pack.soda.hosts.comfy import stock
-from soda_pack.soda.hosts.comfy.base import CACHE, unpatched
+from soda_pack.soda.hosts.comfy import base, stock
+from soda_pack.soda.hosts.comfy.base import unpatched
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from test_fit import sketched
@@ -128,7 +128,7 @@ def replace_up(patch, factor):
 def test_bases_too_large_to_keep_leave_the_rotation(loras, caplog, monkeypatch):
     model = small_model()
     one = adapter(model)
-    monkeypatch.setattr(CACHE, "memory", 1000)
+    monkeypatch.setattr(base, "basis_bounds", lambda: (1000, 0))
     with caplog.at_level(logging.WARNING):
         there = loaded(through_core(model, loras, one)[0])
     assert any("GB of memory" in record.message for record in caplog.records)

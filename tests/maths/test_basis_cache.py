@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from soda import basis_cache, basis_folder
-from soda.basis_cache import BasisCache, weight_hash
+from soda.basis_cache import BasisCache, sample, weight_hash
 from soda.basis_folder import SUFFIX, BasisFolder
 from soda.decomposition import decompose
 
@@ -29,9 +29,9 @@ def same(a, b):
 
 
 def near(a, b):
-    """The same but for rounding: a matrix of a batch may round unlike the same one alone, by the processor."""
+    """The same but for rounding: of a batch unlike that of one matrix alone, and of lq and qr to fp16."""
     one, two = a.tensors(), b.tensors()
-    return one.keys() == two.keys() and all(torch.allclose(one[n].float(), two[n].float(), atol=1e-5) for n in one)
+    return one.keys() == two.keys() and all(torch.allclose(one[n].float(), two[n].float(), atol=1e-3) for n in one)
 
 
 def size_on_disk(folder):
@@ -44,12 +44,12 @@ def computed(monkeypatch):
     names = []
 
     def counting(weights, *args, **kwargs):
-        for name, basis in plain(weights, *args, **kwargs):
-            names.append(name)
-            yield name, basis
+        for batch in plain(weights, *args, **kwargs):
+            names.extend(batch)
+            yield batch
 
-    plain = basis_cache.decompose_all
-    monkeypatch.setattr(basis_cache, "decompose_all", counting)
+    plain = basis_cache.decompose_batches
+    monkeypatch.setattr(basis_cache, "decompose_batches", counting)
     return names
 
 
@@ -117,7 +117,7 @@ def test_a_model_that_is_gone_is_forgotten():
 
 def test_memory_is_bounded_and_the_least_recently_used_goes_first(computed):
     weights = some_weights(4)
-    one = decompose(weights["layer0"], "lq").nbytes
+    one = decompose(weights["layer0"], "lq").kept().nbytes
     cache = BasisCache(memory=3 * one + one // 2)
     list(cache.bases(weights, "lq"))
     assert cache.size == 3 * one
@@ -155,14 +155,14 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         }[damage])  # fmt: skip
     found = dict(BasisCache(folder=tmp_path).bases(weights, "lq"))
     assert len(computed) == (2 if damage != "of another weight" else 3)
-    assert same(found["layer0"], decompose(weights["layer0"], "lq"))
+    assert same(found["layer0"], decompose(weights["layer0"], "lq").kept())
     if damage != "a folder":
         assert file.read_bytes() == good
 
 
 def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
     weights = some_weights(40)
-    bases = {name: decompose(w, "lq") for name, w in weights.items()}
+    bases = {name: decompose(w, "lq").kept() for name, w in weights.items()}
     folder = BasisFolder(tmp_path, 1)
     folder.put(("layer0", "lq"), bases["layer0"])
     assert not any(tmp_path.iterdir())
@@ -180,7 +180,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
 
 
 def test_two_writers_together_keep_the_bound(tmp_path):
-    basis = decompose(some_weights(1)["layer0"], "lq")
+    basis = decompose(some_weights(1)["layer0"], "lq").kept()
     one = len(basis_folder.to_bytes({**basis.tensors(), "checksum": torch.zeros(3, dtype=torch.int64)}))
     writers = [BasisFolder(tmp_path, 20 * one) for _ in range(2)]
     for i in range(60):
@@ -194,7 +194,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
     for file in (old, new, foreign):
         file.write_bytes(b"x")
         os.utime(file, (time.time() - (7200 if file != new else 0),) * 2)
-    BasisFolder(tmp_path, 1 << 20).put(("layer0", "lq"), decompose(some_weights(1)["layer0"], "lq"))
+    BasisFolder(tmp_path, 1 << 20).put(("layer0", "lq"), decompose(some_weights(1)["layer0"], "lq").kept())
     assert not old.exists() and new.exists() and foreign.exists()
 
 
@@ -227,14 +227,14 @@ def _fill(folder, seed, rounds):
     """Write and read in a folder too small for all; exit code 1 if a basis ever came back wrong."""
     torch.set_num_threads(1)
     weights = some_weights(12, (20, 20))
-    exact = {name: decompose(w, "lq") for name, w in weights.items()}
+    exact = {name: decompose(w, "lq").kept() for name, w in weights.items()}
     one = exact["layer0"].nbytes + 400
     g = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
         cache = BasisCache(memory=0, folder=folder, disk=6 * one)
         names = [f"layer{i}" for i in torch.randperm(12, generator=g)[:5].tolist()]
         for name, basis in cache.bases({n: weights[n] for n in names}, "lq"):
-            if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(
+            if not all(torch.allclose(a.float(), b.float(), atol=1e-3) for a, b in zip(
                 (basis.right, basis.spectrum), (exact[name].right, exact[name].spectrum), strict=True
             )):  # fmt: skip
                 raise SystemExit(1)
@@ -250,3 +250,37 @@ def test_processes_share_a_folder(tmp_path):
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     left = list(tmp_path.iterdir())
     assert left and all(file.name.endswith(SUFFIX) for file in left)
+
+
+def test_other_bounds_hold_at_once(tmp_path, computed):
+    weights = some_weights(8)
+    one = decompose(weights["layer0"], "lq").kept().nbytes
+    cache = BasisCache(folder=tmp_path)
+    list(cache.bases(weights, "lq"))
+    whole = size_on_disk(tmp_path)
+    assert cache.size == 8 * one and whole > 8 * one
+    cache.bound(3 * one, whole // 2)
+    assert cache.size == 3 * one and 0 < size_on_disk(tmp_path) <= whole // 2
+    cache.bound(0, 0)
+    assert cache.size == 0 and size_on_disk(tmp_path) == 0
+    list(cache.bases(weights, "lq"))
+    assert cache.size == 0 and size_on_disk(tmp_path) == 0 and len(computed) == 16
+    cache.bound(1 << 20, 1 << 20)
+    list(cache.bases(weights, "lq"))
+    assert cache.size == 8 * one and size_on_disk(tmp_path) == whole
+
+
+def test_what_is_computed_faster_than_read_stays_off_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(basis_cache, "READ_RATE", 0.0)
+    cache = BasisCache(folder=tmp_path)
+    list(cache.bases(some_weights(), "lq"))
+    assert cache.size > 0 and not any(tmp_path.iterdir())
+
+
+def test_a_sample_sees_every_part_of_a_weight():
+    """Also where the width divides a fixed step: numbers of few columns would be seen otherwise."""
+    w = torch.zeros(1280, 1280)
+    for place in (slice(100, 140), slice(1200, 1280)):
+        changed = w.clone()
+        changed[place] = 1
+        assert sample(changed) != sample(w) != sample(changed.mT.contiguous())

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soda.decomposition import LIVE, Basis, _cholesky_lq, complete, decompose, spectral_change
+from soda.decomposition import (
+    LIVE,
+    Basis,
+    _cholesky_lq,
+    add_spectral_change,
+    complete,
+    decompose,
+    kept_bytes,
+    spectral_change,
+)
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 SEEDS = st.integers(0, 2**31)
@@ -142,12 +151,25 @@ def test_cholesky_leaves_dependent_rows_to_householder(dtype):
 @given(shape=SHAPES, seed=SEEDS)
 def test_a_basis_fits_its_own_shape_alone(shape, seed):
     for decomposition in SPECTRAL:
-        basis = decompose(normal(*shape, seed=seed), decomposition)
-        assert basis.fits(shape)
+        basis = decompose(normal(*shape, seed=seed), decomposition).kept()
+        assert basis.fits(shape) and basis.nbytes == kept_bytes(shape, decomposition)
         assert not basis.fits((shape[0] + 1, shape[1] + 1))
         assert Basis.of(decomposition, basis.tensors()) == basis
+        assert decompose(normal(*shape, seed=seed), decomposition, torch.float64).kept().fits(shape)
         assert not decompose(normal(*shape, seed=seed), decomposition, torch.float64).fits(shape)
-        assert basis.nbytes == 5 * min(shape) + 4 * sum(t.numel() for t in (basis.left, basis.right) if t is not None)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 96), (96, 64)])
+@pytest.mark.parametrize("decomposition", SPECTRAL)
+def test_a_kept_basis_changes_a_weight_as_the_exact_one_does(shape, decomposition):
+    w, delta = normal(*shape, seed=6).float(), normal(min(shape), seed=7).float()
+    exact = w.double() + spectral_change(
+        decompose(w.double(), decomposition, torch.float64), delta.double(), w.double()
+    )
+    kept, total = decompose(w, decomposition).kept(), w.clone()
+    add_spectral_change(total, decomposition, kept.left, kept.right, delta, w)
+    error = (total.double() - exact).norm() / (exact - w).norm()
+    assert error < (1e-4 if decomposition == "svd" else 3e-4)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from soda.decomposition import decompose, spectral_change
 from soda.errors import SodaMixError
 from soda.fingerprint import sketch
 from soda.mixing import mix
+from soda.mixing.terms import combine, each_factor, terms_by_layer, weighted_sum
+from soda.mixing.together import alike
 
 SIZES = (2, 3, 4)
 W = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
@@ -138,3 +141,39 @@ def test_no_order_changes_a_bit_where_it_would_change_all():
         for value in (1.0, 2.0**60, -(2.0**60), 3.0)
     ]
     assert len({mix(order).content_hash for order in itertools.permutations(parts)}) == 1
+
+
+@pytest.mark.parametrize("sketched", [True, False])
+def test_adapters_that_are_alike_are_summed_in_one_pass_to_the_same_bits(make_layer, sketched):
+    def adapter(seed):
+        layers = {}
+        for i, (kind, shape, sizes) in enumerate(
+            [("lq", (6, 8), (2, 4)), ("none", (5, 9), (3, 3)), ("qr", (4, 7), (4,))]
+        ):
+            layer = make_layer(kind, shape, sizes, 10 * seed + i)
+            layers[f"layer{i}"] = (layer if sketched else replace(layer, sketch=None),)
+        return Adapter(layers)
+
+    parts = [(adapter(seed), 0.3 * seed - 0.7) for seed in range(5)]
+    layers = terms_by_layer(parts)
+    assert alike(layers)
+    fast = mix(parts).layers
+    slow = {name: combine(name, terms, weighted_sum, each_factor(weighted_sum)) for name, terms in layers.items()}
+    assert fast.keys() == slow.keys()
+    for name, (layer,) in fast.items():
+        (other,) = slow[name]
+        assert layer.decomposition == other.decomposition
+        for a, b in zip(
+            (layer.delta, *layer.logs, layer.sketch), (other.delta, *other.logs, other.sketch), strict=True
+        ):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+def test_adapters_that_are_not_alike_are_summed_layer_by_layer(make_layer):
+    one = Adapter({name: (make_layer("lq", (6, 8), (2, 4), i),) for i, name in enumerate("ab")})
+    other = Adapter({"a": (make_layer("lq", (6, 8), (2, 4), 5),)})
+    unlike = Adapter({name: (make_layer("svd", (6, 8), (2, 4), i),) for i, name in enumerate("ab")})
+    assert not alike(terms_by_layer([(one, 1.0), (other, 1.0)]))
+    assert not alike(terms_by_layer([(one, 1.0), (unlike, 1.0)]))
+    assert not alike(terms_by_layer([(one, 1.0), (one, 0.5)]))
+    assert alike(terms_by_layer([(one, 0.5)])) and not alike({})

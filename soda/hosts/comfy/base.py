@@ -1,4 +1,4 @@
-"""The unpatched base weights of a ComfyUI model, and their decompositions, computed once and kept in memory.
+"""The unpatched base weights of a ComfyUI model, and their bases, computed once and kept as the user allows.
 
 ComfyUI swaps patched weights into the model while it is loaded and keeps the originals in `patcher.backup`.
 Decompositions are computed from those originals and shared by all adapters and strengths.
@@ -6,16 +6,25 @@ Decompositions are computed from those originals and shared by all adapters and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 
 from ...adapter import Decomposition, split_rows
 from ...basis_cache import BasisCache
-from ...decomposition import Basis
+from ...decomposition import Basis, Key, kept_bytes
+from .settings import basis_bounds
 
-CACHE = BasisCache()
+CACHE = BasisCache(folder=Path(folder_paths.get_user_directory()) / "soda" / "bases")
+
+
+def bounded_cache() -> BasisCache:
+    """The cache, within what the user's settings say now."""
+    CACHE.bound(*basis_bounds())
+    return CACHE
 
 
 def split_name(layer: str) -> tuple[str, tuple[int, int] | None]:
@@ -87,15 +96,39 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         return len(self.layers)
 
 
-def bases(
-    patcher: ModelPatcher, wanted: Iterable[tuple[str, Decomposition]], cache: BasisCache = CACHE
-) -> dict[tuple[str, Decomposition], Basis]:
-    """(layer, decomposition) -> Basis of the unpatched weight, CPU fp32, from the cache or computed now."""
-    layers: dict[Decomposition, dict[str, torch.Tensor]] = {}
-    for layer, decomposition in wanted:
-        layers.setdefault(decomposition, {}).setdefault(layer, layer_weight(patcher, layer))
-    return {
-        (layer, decomposition): basis
-        for decomposition, weights in layers.items()
-        for layer, basis in cache.bases(weights, decomposition, owner=patcher.model, device=patcher.load_device)
-    }
+class ModelBases:
+    """The bases that some layers of a model need: those of the unpatched weights, as kept, on the CPU."""
+
+    def __init__(self, patcher: ModelPatcher, wanted: Iterable[tuple[str, Decomposition]]):
+        self._cache = bounded_cache()
+        self._device = patcher.load_device
+        wanted = set(wanted)
+        self.weights = {layer: layer_weight(patcher, layer) for layer, _ in sorted(wanted)}
+        self.hashes = self._cache.hashes(self.weights, patcher.model)
+        self.bytes = sum(kept_bytes(self.weights[layer].shape, kind) for layer, kind in wanted)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the user's settings leave memory for all of them."""
+        return self.bytes <= self._cache.memory
+
+    def warnings(self) -> list[str]:
+        """What the user should know of that."""
+        if self.kept or not self._cache.memory:
+            return []
+        size, memory = (f"{number / 2**30:.1f} GB" for number in (self.bytes, self._cache.memory))
+        return [
+            f"The bases for this model take {size}, more than the {memory} that Settings > SODA leaves them: they are "
+            "made anew whenever the model is loaded."
+        ]
+
+    def key(self, layer: str, decomposition: Decomposition) -> Key:
+        return self.hashes[layer], decomposition
+
+    def each(self, places: Collection[tuple[str, Decomposition]]) -> Iterator[tuple[tuple[str, Decomposition], Basis]]:
+        """((layer, decomposition), basis) of some of them, from the cache or computed now."""
+        for decomposition in sorted({kind for _, kind in places}):
+            weights = {layer: self.weights[layer] for layer, kind in sorted(places) if kind == decomposition}
+            found = self._cache.bases(weights, decomposition, hashes=self.hashes, device=self._device)
+            for layer, basis in found:
+                yield (layer, decomposition), basis

@@ -26,9 +26,10 @@ def take_off(patcher: ModelPatcher, layers: Mapping[str, str]) -> dict[str, tupl
         for entry in patcher.patches.get(key, ()):
             if isinstance(entry[1], SodaWeightAdapter) and layer in entry[1].loaded_keys:
                 frozen[layer] = tuple(
-                    Layer(decomposition, None if delta is None else delta.clone(), tuple(log.clone() for log in logs))
-                    for decomposition, delta, logs, *_ in entry[1].weights
-                )
+                    Layer(term.decomposition, None if term.delta is None else term.delta.clone(),
+                          tuple(log.clone() for log in term.logs))
+                    for term in entry[1].terms
+                )  # fmt: skip
                 patcher.patches[key] = [other for other in patcher.patches[key] if other is not entry]
         if key in patcher.patches and not patcher.patches[key]:
             del patcher.patches[key]

@@ -6,17 +6,21 @@ applies only the rotation and says so (`soda.fit` has the estimate and its thres
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...adapter import Adapter, Decomposition, Layer
-from ...decomposition import Basis
+from ...adapter import Adapter, Layer
 from ...errors import SodaMixError
-from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, spectrum_error
-from .base import matrix_shape, split_name
+from ...fingerprint import joint_hash, relative_error, tensor_hash
+from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, sketches
+from .base import ModelBases, matrix_shape, split_name
+
+REMEMBERED = 1000
+Parts = Sequence[tuple[Adapter, Mapping[str, tuple[Layer, ...]]]]  # an adapter, and its layers that have a place
+_ERRORS: dict[str, float | None] = {}  # by adapter and weights
 
 
 @dataclass
@@ -88,17 +92,47 @@ def unmatched(adapter: Adapter, matches: Sequence[Matching], model_name: str) ->
     )
 
 
-def check_spectrum(
-    adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], basis: Mapping[tuple[str, Decomposition], Basis],
-    weights: Mapping[str, torch.Tensor], report: Report,
-) -> Mapping[str, tuple[Layer, ...]]:  # fmt: skip
-    """The layers to apply here; what the user must know goes to `report.warnings`."""
-    error = spectrum_error(
-        (term, basis[name, term.decomposition], weights[name].cpu().float())
+def spectrum_errors(parts: Parts, bases: ModelBases) -> list[float | None]:
+    """How far each adapter's D is off on this base (`soda.fit.spectrum_error`); looked at once for a base."""
+    if len(_ERRORS) > REMEMBERED:
+        _ERRORS.clear()
+    keys = [_sketched_on(adapter, layers, bases) for adapter, layers in parts]
+    unknown: dict[str, Mapping[str, tuple[Layer, ...]]] = {
+        key: layers for key, (_, layers) in zip(keys, parts, strict=True) if key not in _ERRORS
+    }
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {key: [] for key in unknown}
+    places = {(name, term.decomposition) for layers in unknown.values() for name, term in _sketched(layers)}
+    for (name, decomposition), basis in bases.each(places):
+        for key, layers in unknown.items():
+            for term in layers.get(name, ()):
+                if term.decomposition == decomposition and term.delta is not None and term.sketch is not None:
+                    pairs[key].append(sketches(term, basis, bases.weights[name]))
+    _ERRORS.update({key: relative_error(found) for key, found in pairs.items()})
+    return [_ERRORS[key] for key in keys]
+
+
+def _sketched(layers: Mapping[str, tuple[Layer, ...]]) -> Iterator[tuple[str, Layer]]:
+    """The terms that can be checked."""
+    return (
+        (name, term)
         for name, terms in layers.items()
         for term in terms
         if term.delta is not None and term.sketch is not None
     )
+
+
+def _sketched_on(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], bases: ModelBases) -> str:
+    """One name for an adapter's spectra and sketches and the weights that they are checked on."""
+    found = list(_sketched(layers))
+    on = joint_hash({name: bases.hashes[name] for name, _ in found})
+    sketched = [term.sketch for _, term in found if term.sketch is not None]
+    return f"{adapter.content_hash} {on} {tensor_hash(torch.cat([torch.zeros(0, 8), *sketched]))}"
+
+
+def fit_to_apply(
+    adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], error: float | None, report: Report
+) -> Mapping[str, tuple[Layer, ...]]:
+    """The layers to apply where D is off by `error`; what the user must know goes to `report.warnings`."""
     if error is None or error < SILENT_ERROR:
         return layers
     trained_on = adapter.metadata.get("soda.base_model") or "another base"

@@ -5,14 +5,18 @@ where SODA Save writes, and the adapters that the pack brings along for its play
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
 
+from ... import file
+from ...adapter import Adapter
 from ...errors import SodaFileError
 
 FOLDER = "soda"
 SHIPPED = Path(__file__).resolve().parents[3] / "playground" / "adapters"
+FILES = 16  # adapters kept in memory, 5 MB each for SDXL
 SAVE_SUBFOLDER = os.path.join("loras", "soda")
 
 
@@ -41,6 +45,18 @@ def resolve(name: str) -> str:
             "Put the file into one of these folders and refresh the page, or pick another one."
         )
     return path
+
+
+def load(name: str) -> Adapter:
+    """The adapter of a name that came from a prompt; a file is read once while it stays as it is."""
+    path = resolve(name)
+    status = os.stat(path)
+    return _read(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=FILES)
+def _read(path: str, _size: int, _time: int) -> Adapter:
+    return file.load(path)
 
 
 def fingerprint(name: str) -> str:

@@ -7,19 +7,19 @@ not matter, and unpatching, low VRAM and dynamic VRAM come from core.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...adapt import adapt
+from ...adapt import changed
 from ...adapter import Adapter, Layer
-from ...decomposition import Basis
 from ...mixing import mix
-from .base import bases, layer_weight, matrix_shape, split_name
-from .fit import Report, check_spectrum, matching, shapes, unmatched
+from .base import ModelBases, matrix_shape, split_name
+from .fit import Report, fit_to_apply, matching, shapes, spectrum_errors, unmatched
+from .fold import Fold
 
 ATTACHMENT = "soda"
 Parts = Sequence[tuple[Adapter, float]]
@@ -28,9 +28,10 @@ Parts = Sequence[tuple[Adapter, float]]
 class SodaWeightAdapter(WeightAdapterBase):
     """The adaptation of one weight as core patches carry it.
 
-    `weights` holds one tuple per term: (decomposition, delta, logs, left, right, spectrum, live). Core copies such
-    tuples tensor by tensor to a device and rebuilds the object as type(a)(loaded_keys, weights), so nothing may
-    live in other attributes. The weight it gets is W0, since SODA patches stand first.
+    `weights` is (fold, layer, ((left, right) of the basis of each term ...)); (None, None) where a term needs none, or
+    the fold makes it. Core copies the tensors among these to a device, hands on what is no tensor, and rebuilds the
+    object as type(a)(loaded_keys, weights), so nothing may live in other attributes. The weight it gets is W0, since
+    SODA patches stand first.
     """
 
     name = "soda"
@@ -39,15 +40,11 @@ class SodaWeightAdapter(WeightAdapterBase):
         self.loaded_keys = loaded_keys
         self.weights = weights
 
-    @classmethod
-    def of(cls, layer: str, terms: Sequence[Layer], basis: dict) -> SodaWeightAdapter:
-        """Terms of one layer with the bases that their spectra need, by (layer, decomposition)."""
-        packed = []
-        for term in terms:
-            b = basis.get((layer, term.decomposition))
-            vectors = (None, None, None, None) if b is None else (b.left, b.right, b.spectrum, b.live)
-            packed.append((term.decomposition, term.delta, tuple(term.logs), *vectors))
-        return cls({layer}, tuple(packed))
+    @property
+    def terms(self) -> tuple[Layer, ...]:
+        """What it applies at strength 1."""
+        fold, layer, _ = self.weights
+        return fold.mix.layers[layer]
 
     def calculate_weight(
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
@@ -55,19 +52,14 @@ class SodaWeightAdapter(WeightAdapterBase):
     ):  # fmt: skip
         """Write the adapted weight into `weight`, (out, in) or (out, in, 1, 1), any dtype, and return it; fp32
         arithmetic."""
-
-        def here(tensor: Any) -> Any:  # a tensor or None
-            return None if tensor is None else tensor.to(weight.device)
-
-        layers, basis = [], {}
-        for decomposition, delta, logs, left, right, spectrum, live in self.weights:
-            layer = Layer(decomposition, here(delta), tuple(here(log) for log in logs))
-            layers.append(layer if strength == 1.0 else layer.scaled(strength))
-            if spectrum is not None:
-                basis[decomposition] = Basis(decomposition, here(left), here(right), here(spectrum), here(live))
+        if strength == 0.0:
+            return weight
+        fold, layer, vectors = self.weights
+        ready = fold.ready(layer, strength, weight.device)
         matrix = weight.reshape(matrix_shape(weight.shape)).float()
+        adapted = changed(matrix, fold.spectra(layer, vectors, ready.deltas, matrix), ready.turns)
         # With an offset core drops the returned tensor and keeps its own, hence in place.
-        return weight.copy_(adapt(matrix, layers, basis).reshape(weight.shape))
+        return weight.copy_(adapted.reshape(weight.shape))
 
 
 def attached(patcher: ModelPatcher) -> Parts:
@@ -105,26 +97,40 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
         return clone
     clone.set_attachments(ATTACHMENT, tuple(together))
     fitting = [(adapter, matching(adapter, known).fitting, weight) for adapter, weight in together]
-    basis = bases(
-        patcher,
-        ((name, t.decomposition) for _, layers, _ in fitting for name, ts in layers.items() for t in ts if
-         t.delta is not None),
-    )  # fmt: skip
-    weights = {name: layer_weight(patcher, name) for name, _ in basis}
+    wanted = {
+        (name, term.decomposition)
+        for _, layers, _ in fitting
+        for name, terms in layers.items()
+        for term in terms
+        if term.delta is not None
+    }
+    bases = ModelBases(patcher, wanted)
+    errors = spectrum_errors([(adapter, layers) for adapter, layers, _ in fitting], bases)
     checked = [
-        (Adapter(check_spectrum(adapter, layers, basis, weights, report), adapter.metadata, adapter.name), weight)
-        for adapter, layers, weight in fitting
+        (_with_layers(adapter, fit_to_apply(adapter, layers, error, report)), weight)
+        for (adapter, layers, weight), error in zip(fitting, errors, strict=True)
         if layers
     ]
-    mixed = mix(checked).layers if checked else {}
+    mixed = mix(checked) if checked else Adapter({})
+    fold, basis = Fold.of(mixed, bases)
+    report.warnings += bases.warnings() if fold.keys else []
     patches = {}
-    for name, terms in mixed.items():
+    for name, terms in mixed.layers.items():
         key, rows = split_name(name)
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
-        patches[target] = SodaWeightAdapter.of(name, terms, basis)
+        found = (basis.get((name, term.decomposition)) for term in terms)
+        vectors = tuple((None, None) if b is None else (b.left, b.right) for b in found)
+        patches[target] = SodaWeightAdapter({name}, (fold, name, vectors))
     _replace(clone, patches)
     report.changed += len(patches)
     return clone
+
+
+def _with_layers(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]]) -> Adapter:
+    """The adapter itself where these are all it has: it knows its hash already."""
+    own = adapter.layers
+    whole = len(layers) == len(own) and all(layers[name] is terms for name, terms in own.items())
+    return adapter if whole else replace(adapter, layers=layers)
 
 
 def _is_soda(entry: tuple) -> bool:

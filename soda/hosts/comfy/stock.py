@@ -28,13 +28,13 @@ from ...adapt import adapt
 from ...adapter import Decomposition, Layer, split_rows
 from ...bases import decompose_all
 from ...basis_cache import sample, weight_hash
-from ...decomposition import Basis, Key
+from ...decomposition import Basis, Key, vector_dtype
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
 from ...fit import REFUSED_ERROR, rotation_only, spectrum_error
 from ...kronecker import expm_factors, rotate
 from ...precision import CPU
-from .base import CACHE, matrix_shape
+from .base import CACHE, bounded_cache, matrix_shape
 
 log = logging.getLogger(__name__)
 REMEDY = "SODA Loader applies all of it"
@@ -153,6 +153,7 @@ class _File:
     def of(cls, tensors: Mapping[str, Tensor]) -> _File:
         """Read once, for core asks name by name."""
         if cls.last is None or cls.last.tensors is not tensors:
+            bounded_cache()
             cls.last = cls(tensors)
         return cls.last
 
@@ -198,7 +199,8 @@ def _basis(weight: Tensor, seen: str, decomposition: Decomposition) -> tuple[Key
     key: Key = (known[0], decomposition)
     basis = CACHE.get(key, weight.shape)
     if basis is None:
-        ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device)
+        ((_, computed),) = decompose_all({"": weight}, decomposition, device=weight.device)
+        basis = computed.kept()
     return key, basis
 
 
@@ -216,4 +218,4 @@ def _basis_bytes(layer: Layer) -> int:
     if layer.delta is None:
         return 0
     k = layer.delta.numel()
-    return 4 * k * (k if layer.decomposition == "svd" else layer.dimension)
+    return vector_dtype(layer.decomposition).itemsize * k * (k if layer.decomposition == "svd" else layer.dimension)

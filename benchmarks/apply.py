@@ -1,0 +1,273 @@
+"""Adapters onto a model: core's rank-32 LoRA beside SODA's rotation, lq and svd, on one real ComfyUI model.
+
+ComfyUI's own classes at real size with random fp16 weights; each side in a process of its own. From nodes' work to the
+last weight patched, in seconds, the median where there are several:
+
+    first      nothing known: file read, decomposition
+    memory     a model loaded anew, bases in memory
+    disk       the same, bases on disk only
+    strength   another strength of what is applied
+    mix of 8   another weight in a mix of eight adapters (eight LoRAs in a row)
+    step       one forward of the model with all weights offloaded and patched as they are used (low VRAM)
+    RAM        what bases take, in bytes for each number of the adapted weights
+
+    PYTHONPATH=path/to/ComfyUI python benchmarks/apply.py [--device cuda] [--small]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_step import COMMON, MODELS, load_pack
+
+SMALL = ("SDXL", COMMON | {
+    "model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 2],
+    "transformer_depth_output": [1, 1, 2, 2], "transformer_depth_middle": 2, "context_dim": 256,
+    "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential",
+    "num_head_channels": 32})  # fmt: skip
+SIDES = {"core LoRA r32": "lora", "SODA rotation": "none", "SODA lq": "lq", "SODA svd": "svd"}
+ROUNDS = 5
+
+
+class Case:
+    """The model, made anew from the same numbers whenever asked for, and adapter files for it."""
+
+    def __init__(self, device: torch.device, small: bool, folder: Path):
+        self.device, self.small, self.folder = device, small, folder
+        self.state: dict[str, torch.Tensor] = {}
+
+    def patcher(self) -> Any:
+        import comfy.model_patcher
+        import comfy.supported_models
+
+        name, unet = SMALL if self.small else MODELS["sdxl"]
+        config = getattr(comfy.supported_models, name)(dict(unet, dtype=torch.float16))
+        config.set_inference_dtype(torch.float16, torch.float32 if self.device.type == "cpu" else None)
+        with torch.inference_mode():
+            model = config.get_model({}, "", device=torch.device("cpu"))
+            generator = torch.Generator(self.device).manual_seed(0)
+            for key, parameter in model.named_parameters():
+                if key not in self.state:
+                    self.state[key] = self._numbers(key, parameter, generator)
+                parameter.data = self.state[key].clone()
+        return comfy.model_patcher.ModelPatcher(model, load_device=self.device, offload_device=torch.device("cpu"))
+
+    def _numbers(self, key: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if parameter.ndim < 2:
+            return torch.full(parameter.shape, float(key.endswith("weight")), dtype=torch.float16)
+        numbers = torch.empty(parameter.shape, device=self.device).normal_(generator=generator)
+        return (numbers * parameter.shape[1:].numel() ** -0.5).half().cpu()
+
+    def files(self, kind: str, count: int) -> list[Path]:
+        return [self._file(kind, seed) for seed in range(count)]
+
+    def _file(self, kind: str, seed: int) -> Path:
+        from pack.adapter import Adapter, Layer
+        from pack.file import save
+        from pack.kronecker import factor_sizes
+        from safetensors.torch import save_file
+
+        path = self.folder / f"{kind}{seed}.safetensors"
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator) * 0.02
+
+        tensors, layers = {}, {}
+        for layer, shape in self.shapes().items():
+            if kind == "lora":
+                tensors[f"{layer}.lora_up.weight"] = normal(shape[0], 32).half()
+                tensors[f"{layer}.lora_down.weight"] = normal(32, shape[1]).half()
+                continue
+            delta = None if kind == "none" else normal(min(shape))
+            logs = tuple(normal(n * (n - 1) // 2) for n in factor_sizes(shape[1], 3))
+            layers[layer] = (Layer(kind, delta, logs, None if delta is None else torch.zeros(8, 8)),)
+        if kind == "lora":
+            save_file(tensors, path)
+        else:
+            save(Adapter(layers), path)
+        return path
+
+    def shapes(self) -> dict[str, torch.Size]:
+        from pack.hosts.comfy.targets import attention_weights
+
+        patcher = self.patcher()
+        weights = patcher.model_state_dict()
+        return {layer: weights[key].shape for layer, key in attention_weights(patcher).items()}
+
+
+class Core:
+    """LoRAs as *Load LoRA* puts them on: the file kept by the node, keys matched at every run."""
+
+    def __init__(self, files: list[Path]):
+        self.files, self.known = files, {}
+
+    def forget(self, what: str) -> None:
+        self.known = {}
+
+    def apply(self, model: Any, weights: list[float]) -> Any:
+        import comfy.sd
+        import comfy.utils
+
+        for file, weight in zip(self.files, weights, strict=False):
+            if file not in self.known:
+                self.known[file] = comfy.utils.load_torch_file(str(file), safe_load=True)
+            model, _ = comfy.sd.load_lora_for_models(model, None, self.known[file], weight, 0)
+        return model
+
+    def bytes(self) -> int:
+        return 0
+
+
+class Soda:
+    """What SODA Loader and SODA Mix do."""
+
+    def __init__(self, files: list[Path]):
+        from pack.hosts.comfy.base import CACHE
+
+        self.files, self.cache = files, CACHE
+
+    def forget(self, what: str) -> None:
+        from pack.hosts.comfy import fit, folders
+
+        if what in ("memory", "disk"):
+            memory, disk = self.cache.memory, self.cache._folder.limit
+            self.cache.bound(0, disk if what == "memory" else 0)
+            self.cache.bound(memory, disk)
+        fit._ERRORS.clear()
+        folders._read.cache_clear()
+
+    def apply(self, model: Any, weights: list[float]) -> Any:
+        from pack.hosts.comfy import folders, patch
+
+        parts = []
+        for file, weight in zip(self.files, weights, strict=False):
+            stat = os.stat(file)
+            parts.append((folders._read(str(file), stat.st_size, stat.st_mtime_ns), weight))
+        return patch.apply(model, parts)[0]
+
+    def bytes(self) -> int:
+        return self.cache.size
+
+
+def measure(kind: str, case: Case) -> dict[str, float]:
+    import comfy.model_management
+
+    side: Any = (Core if kind == "lora" else Soda)(case.files(kind, 8))
+
+    def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+        _wait(case.device)
+        start = time.perf_counter()
+        result = run()
+        _wait(case.device)
+        return time.perf_counter() - start, result
+
+    def put(model: Any, weights: list[float]) -> float:
+        def run() -> Any:
+            patched = side.apply(model, weights)
+            comfy.model_management.load_models_gpu([patched], force_full_load=True)
+
+        return seconds(run)[0]
+
+    def fresh(weights: list[float]) -> tuple[float, Any]:
+        """On a model that was just loaded and is on the device."""
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        model = case.patcher()
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        return put(model, weights), model
+
+    row: dict[str, float] = {}
+    warm_up, _ = fresh([1.0])  # libraries load
+    side.forget("disk")
+    row["first"], _ = fresh([1.0])
+    row["memory"], model = fresh([1.0])
+    if kind != "lora":
+        side.forget("memory")
+        row["disk"], model = fresh([1.0])
+    row["strength"] = statistics.median(put(model, [0.5 + 0.1 * i]) for i in range(ROUNDS))
+    put(model, [0.3] * 8)
+    row["mix"] = statistics.median(put(model, [0.1 * i] + [0.3] * 7) for i in range(1, ROUNDS + 1))
+    numbers = sum(shape.numel() for shape in case.shapes().values())
+    row["ram"] = side.bytes() / numbers
+    row["step"] = low_vram_step(case, side.apply(model, [1.0]), seconds)
+    return row
+
+
+def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
+    """A forward of batch 2 with no weight on the device."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    size, context = (16, SMALL[1]["context_dim"]) if case.small else (128, MODELS["sdxl"][1]["context_dim"])
+    model = patched.model
+    dtype = model.get_dtype_inference()
+    patched.patch_model(case.device, lowvram_model_memory=1)
+    assert model.model_lowvram and model.lowvram_patch_counter
+    with torch.inference_mode():
+        x = torch.randn(2, 4, size, size, device=case.device)
+        inputs = {
+            "c_crossattn": torch.randn(2, 77, context, device=case.device, dtype=dtype),
+            "y": torch.randn(2, 2816, device=case.device, dtype=dtype),
+        }
+        sigma = torch.ones(2, device=case.device)
+        times = [seconds(lambda: model.apply_model(x, sigma, **inputs))[0] for _ in range(1 + ROUNDS)]
+    patched.unpatch_model(torch.device("cpu"))
+    return statistics.median(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
+    parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if arguments.side:
+        load_pack()
+        from comfy.cli_args import args
+
+        args.cpu = device.type == "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            args.base_directory = folder
+            result = measure(arguments.side, Case(device, arguments.small, Path(folder)))
+        print(json.dumps(result))
+        return
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")
+    columns = ("first", "memory", "disk", "strength", "mix", "step")
+    print(f"{'':15}" + "".join(f"{column:>15}" for column in columns) + f"{'RAM':>8}")
+    core: dict[str, float] = {}
+    for title, kind in SIDES.items():
+        command = [sys.executable, __file__, "--device", arguments.device, "--side", kind]
+        child = subprocess.run(command + ["--small"] * arguments.small, capture_output=True, text=True)
+        if child.returncode:
+            print(f"{title:15}failed: {child.stderr.strip().splitlines()[-1]}")
+            print(child.stderr, file=sys.stderr)
+            continue
+        row = json.loads(child.stdout.strip().splitlines()[-1])
+        core = core or {**row, "disk": row["first"]}
+        cells = [f"{row[c]:8.3f}{row[c] / core[c]:6.2f}x" if c in row else f"{'-':>15}" for c in columns]
+        print(f"{title:15}" + "".join(cells) + f"{row['ram']:8.1f}", flush=True)
+        print(f"{'':15}mix of 8 / mix of 1: {row['mix'] / row['strength']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

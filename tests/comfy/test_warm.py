@@ -1,0 +1,244 @@
+"""What a second application costs, counted: no decomposition, no file read, no fit check; and what the bounds keep."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import weakref
+from pathlib import Path
+
+import folder_paths
+import pytest
+import torch
+from comfy.model_patcher import LowVramPatch
+from small_models import adapter, load, lora, same, small_model, weights
+from soda_pack.nodes.loader import SodaLoader
+from soda_pack.soda import basis_cache, rotation
+from soda_pack.soda.file import save
+from soda_pack.soda.hosts.comfy import base, fit, fold, folders
+from soda_pack.soda.hosts.comfy.base import CACHE
+from soda_pack.soda.hosts.comfy.patch import apply
+from soda_pack.soda.hosts.comfy.targets import attention_weights
+from test_fit import sketched
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """settings(memory=GB, disk=GB): what the user chose in the panel; the defaults again afterwards."""
+    path = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def choose(memory=6.0, disk=8.0):
+        path.write_text(json.dumps({"SODA.basesInMemory": memory, "SODA.basesOnDisk": disk, "Comfy.Other": "x"}))
+        base.bounded_cache()
+
+    yield choose
+    path.unlink(missing_ok=True)
+    base.bounded_cache()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often each costly thing was done, by name."""
+    counts = {"decomposed": 0, "hashed": 0, "checked": 0, "read": 0, "expm": 0}
+
+    def count(module, name, what):
+        plain = getattr(module, name)
+
+        def counting(*args, **kwargs):
+            counts[what] += 1
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(basis_cache, "decompose_batches", "decomposed")
+    count(fold, "decompose_all", "decomposed")
+    count(basis_cache, "weight_hash", "hashed")
+    count(fit, "sketches", "checked")
+    count(folders.file, "load", "read")
+    count(rotation, "expm_factors", "expm")
+    real = basis_cache.decompose_batches
+    monkeypatch.setattr(
+        basis_cache, "decompose_batches", lambda missing, *a, **k: real(missing, *a, **k) if missing else iter(())
+    )
+    return counts
+
+
+def loader(model, name, strength):
+    """The MODEL of SODA Loader, run as the server does."""
+    cls = SodaLoader.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    return cls.execute(model, name, strength).result[0]
+
+
+def loaded(model):
+    load(model)
+    return weights(model)
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+def test_a_new_strength_computes_nothing_again(output, counted, decomposition):
+    model = small_model(seed=21)
+    save(sketched(model, decomposition), Path(folders.next_save_path("one")))
+    name = next(name for name in folders.adapter_names() if name.startswith("one"))
+    with torch.inference_mode():
+        first = loader(model, name, 1.0)
+    cold = loaded(first)
+    assert counted["decomposed"] and counted["hashed"] == counted["checked"] == 56 and counted["read"] == 1
+    before = dict(counted)
+    with torch.inference_mode():
+        second = loader(model, name, 0.4)
+        assert counted == before  # nor anything for the rotations, before a weight is met
+        assert not same(cold, loaded(second))
+        forms = counted["expm"] - before["expm"]
+        assert 0 < forms <= 5  # batches of equal factor sizes, not the 56 layers
+        again = loader(model, name, 1.0)
+    assert same(cold, loaded(again))
+    counted["expm"] = before["expm"]
+    assert counted == before
+
+
+def test_a_file_that_changes_is_read_again(output, counted):
+    model = small_model()
+    path = Path(folders.next_save_path("one"))
+    save(adapter(model, 1), path)
+    name = next(name for name in folders.adapter_names() if name.startswith("one"))
+    one = folders.load(name)
+    assert folders.load(name) is one and counted["read"] == 1
+    save(adapter(model, 2), path)
+    assert folders.load(name).content_hash != one.content_hash and counted["read"] == 2
+
+
+def test_other_weights_are_checked_anew(counted):
+    model, other = small_model(seed=22), small_model(seed=23)
+    one = sketched(model, "svd")
+    assert not apply(model, [(one, 1.0)])[2].warnings
+    assert "only its rotation" in apply(other, [(one, 1.0)])[2].warnings[0]
+    assert counted["checked"] == 112
+    assert "only its rotation" in apply(other, [(one, 0.5)])[2].warnings[0]
+    assert not apply(model, [(one, 0.5)])[2].warnings
+    assert counted["checked"] == 112
+
+
+def test_eight_adapters_in_any_order_are_the_same_bit_for_bit():
+    model = small_model()
+    parts = [(adapter(model, seed, name=str(seed)), 0.1 * seed - 0.35) for seed in range(1, 9)]
+    reference = loaded(apply(model, parts)[0])
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(parts, 8)
+        assert same(reference, loaded(apply(model, shuffled)[0]))
+        one_by_one = apply(apply(model, shuffled[:3])[0], shuffled[3:])[0]
+        assert same(reference, loaded(one_by_one))
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd", "qr"])
+@pytest.mark.parametrize("memory", [6.0, 0.0])
+def test_low_vram_repeats_the_same_weight_and_decomposes_no_more(settings, counted, decomposition, memory):
+    settings(memory=memory, disk=0)
+    model = small_model(seed=24)
+    patched = apply(model, [(adapter(model, decomposition=decomposition), 1.0)])[0]
+    patched.add_patches(lora(model))
+    expected = loaded(patched)
+    load(model)
+    for key in list(attention_weights(model).values())[:3]:
+        lazy, base_weight = LowVramPatch(key, patched.patches), weights(model)[key]
+        first = lazy(base_weight.clone())
+        before = dict(counted)
+        assert all(torch.equal(first, lazy(base_weight.clone())) for _ in range(3)) and counted == before
+        assert torch.allclose(first, expected[key], atol=1e-6)
+        assert lazy.memory_required() > 0
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_core_may_ask_for_a_strength_of_its_own(strength):
+    model = small_model()
+    one = adapter(model)
+    patched = apply(model, [(one, 1.0)])[0]
+    base_weights = weights(model)
+    expected = loaded(apply(model, [(one, strength)])[0])
+    for key, (entry,) in patched.patches.items():
+        found = entry[1].calculate_weight(base_weights[key].clone(), key, strength, 1.0, None, None)
+        assert torch.allclose(found, expected[key], atol=1e-6)
+        if strength in (0.0, 1.0):
+            assert torch.equal(found, expected[key])
+
+
+def tensors_of(patched):
+    return [
+        side
+        for entries in patched.patches.values()
+        for entry in entries
+        for sides in entry[1].weights[2]
+        for side in sides
+        if side is not None
+    ]
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+def test_with_caching_off_nothing_is_kept(settings, counted, decomposition):
+    settings()
+    model = small_model(seed=25)
+    one = sketched(model, decomposition)
+    expected = loaded(apply(model, [(one, 0.8)])[0])
+    settings(memory=0, disk=0)
+    assert CACHE.size == 0
+    assert not any((Path(folder_paths.get_user_directory()) / "soda" / "bases").glob("*"))
+    patched, _, report = apply(model, [(one, 0.8)])
+    assert not report.warnings and not tensors_of(patched)
+    after = loaded(patched)
+    assert CACHE.size == 0
+    assert all(torch.allclose(after[key], expected[key], atol=1e-6) for key in after)
+    (shared,) = {id(entry[1].weights[0]): entry[1].weights[0] for (entry,) in patched.patches.values()}.values()
+    assert not shared._made
+
+
+def test_a_model_too_large_for_the_memory_is_adapted_and_the_user_told(settings):
+    settings()
+    model = small_model(seed=26)
+    one = adapter(model)
+    kept = apply(model, [(one, 1.0)])[0]
+    size = sum(side.nbytes for side in tensors_of(kept))
+    expected = loaded(kept)
+    settings(memory=size / 2 / 2**30)
+    patched, _, report = apply(model, [(one, 1.0)])
+    assert len(report.warnings) == 1 and "Settings > SODA" in report.warnings[0] and CACHE.size <= size / 2
+    assert not tensors_of(patched)
+    after = loaded(patched)
+    assert all(torch.allclose(after[key], expected[key], atol=1e-6) for key in after)
+
+
+def test_kept_bases_take_two_bytes_a_number_of_the_weights(settings):
+    settings()
+    model = small_model(seed=27)
+    patched = apply(model, [(adapter(model), 1.0)])[0]
+    numbers = sum(weights(model)[key].numel() for key in attention_weights(model).values())
+    assert sum(side.nbytes for side in tensors_of(patched)) <= 2 * numbers
+
+
+def test_the_disk_gives_them_back_to_another_model_object(settings, counted):
+    settings()
+    expected = loaded(apply(small_model(seed=28), [(adapter(small_model(seed=28)), 1.0)])[0])
+    settings(memory=0)  # what lies in memory goes, as in a restart
+    settings()
+    counted["decomposed"] = 0
+    model = small_model(seed=28)
+    assert same(expected, loaded(apply(model, [(adapter(model), 1.0)])[0]))
+    assert counted["decomposed"] == 0
+
+
+def test_what_patches_share_goes_with_them():
+    model = small_model(seed=29)
+    patched = apply(model, [(adapter(model), 1.0)])[0]
+    loaded(patched)
+    shared = weakref.ref(next(iter(patched.patches.values()))[0][1].weights[0])
+    load(model)
+    del patched
+    gc.collect()
+    assert shared() is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"SODA.basesInMemory": "much"}', '{"SODA.basesInMemory": -3}'])
+def test_settings_that_cannot_be_read_are_the_defaults(settings, content):
+    settings()
+    (Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json").write_text(content)
+    assert base.bounded_cache().memory == (0 if "-3" in content else basis_cache.MEMORY_BYTES)
