@@ -85,20 +85,28 @@ def kronecker_sum(logs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
+def halves(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same R with neighbouring factors multiplied out to two, sizes a + b least; one factor stays as it is."""
+    sizes = [factor.shape[-1] for factor in factors]
+    if len(sizes) < 2:
+        return list(factors)
+    split = min(range(1, len(sizes)), key=lambda i: math.prod(sizes[:i]) + math.prod(sizes[i:]))
+    return [kronecker(factors[:split]), kronecker(factors[split:])]
+
+
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """x R^T, in x's dtype, for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions.
 
-    As R = A x B with neighbouring factors multiplied out to two, sizes a + b least: a row as a matrix X (a, b) turns
-    to A X B^T, a + b products per number instead of N. More passes would save products and cost more in copies (on a
-    CPU 2 to 20 times the time). Small N goes through the dense R.
+    As R = A x B of `halves`: a row as a matrix X (a, b) turns to A X B^T, a + b products per number instead of N. More
+    passes would save products and cost more in copies (on a CPU 2 to 20 times the time). Small N goes through the
+    dense R.
     """
-    sizes = [factor.shape[-1] for factor in factors]
-    splits = [(math.prod(sizes[:i]), math.prod(sizes[i:]), i) for i in range(1, len(sizes))]
-    a, b, split = min(splits, key=lambda s: s[0] + s[1], default=(1, sizes[0], 0))
+    parts = halves(factors)
+    a, b = [1, *(part.shape[-1] for part in parts)][-2:]
     dimension, on_cpu = a * b, x.device.type == "cpu"
     if dimension <= (DENSE_DIMENSION_CPU if on_cpu else DENSE_DIMENSION) or a + b > dimension:
-        return x @ kronecker(factors).to(x.dtype).mT
-    first, second = (kronecker(part).to(x.dtype) for part in (factors[:split], factors[split:]))
+        return x @ kronecker(parts).to(x.dtype).mT
+    first, second = (part.to(x.dtype) for part in parts)
     turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
     if on_cpu and x.dim() == 2:
         return (first.unsqueeze(-3) @ turned).reshape(x.shape)  # without moving a number

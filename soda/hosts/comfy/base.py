@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
+from comfy.utils import get_attr
 
 from ...adapter import Decomposition, split_rows
 from ...basis_cache import BasisCache
 from ...decomposition import Basis
+from .quantised import dequantised_gguf, is_gguf
 
 CACHE = BasisCache()
 
@@ -34,6 +36,8 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
         weight = patcher.backup[key].weight
     if key in patcher.hook_backup:
         weight = patcher.hook_backup[key][0]
+    if is_gguf(weight):
+        return dequantised_gguf(get_attr(patcher.model, key.rsplit(".", 1)[0]), weight)
     return weight if convert is None else convert(weight, inplace=False)
 
 

@@ -51,8 +51,9 @@ def run_hash(patcher: ModelPatcher, layers: Mapping[str, str], *inputs: object) 
 def _rest_hash(patcher: ModelPatcher) -> str:
     known = _weights.setdefault(patcher.model, {})
     if "" not in known:
-        digest = _Digest()
-        for key in sorted(patcher.model_state_dict()):
+        digest, model = _Digest(), patcher.model
+        held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
+        for key in sorted(held & patcher.model_state_dict().keys()):  # scales of a quantised weight are no tensors here
             digest.add(key)
             digest.add(_spread(unpatched(patcher, key), SPREAD))
         known[""] = digest.sha.hexdigest()

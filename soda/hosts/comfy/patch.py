@@ -18,10 +18,13 @@ from ...adapt import adapt
 from ...adapter import Adapter, Layer
 from ...decomposition import Basis
 from ...mixing import mix
+from . import bypass
 from .base import bases, layer_weight, matrix_shape, split_name
 from .fit import Report, check_spectrum, matching, shapes, unmatched
 
 ATTACHMENT = "soda"
+MODE = "soda_mode"
+MODES = ("auto", "merge", "bypass")
 Parts = Sequence[tuple[Adapter, float]]
 
 
@@ -75,35 +78,40 @@ def attached(patcher: ModelPatcher) -> Parts:
     return patcher.get_attachment(ATTACHMENT) or ()
 
 
-def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None = None):
+def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None = None, mode: str = "auto"):
     """(model, clip, Report) with `parts` added to what SODA put there before; the inputs stay as they are.
 
     `clip_parts` are the same adapters with their weights for the CLIP, where these are others. Weight 0 adds nothing,
     so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the CLIP by its name. An
-    adapter that does not fit raises SodaMixError.
+    adapter that does not fit raises SodaMixError. `mode` is one of MODES (see `bypass.bypassed`) and holds for all SODA
+    adapters on the model; auto keeps what another node has set.
     """
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
     report = Report()
     for adapter, _ in parts:
         report.unmatched += unmatched(adapter, [matching(adapter, k) for k in known], type(model.model).__name__)
-    new_model = _fold(model, parts, known[0], report)
+    new_model = _fold(model, parts, known[0], report, mode)
     if clip is None:
         return new_model, None, report
     new_clip = clip.clone()
-    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report)
+    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report, mode)
     return new_model, new_clip, report
 
 
-def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> ModelPatcher:
+def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode: str) -> ModelPatcher:
     """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones."""
     before = attached(patcher)
     together = [(adapter, weight) for adapter, weight in (*before, *parts) if weight != 0.0]
     clone = patcher.clone()
     if len(together) == len(before):
-        report.changed += sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
+        beside = clone.get_attachment(bypass.KEY) or 0
+        report.changed += beside + sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
+        report.bypassed += beside
         return clone
     clone.set_attachments(ATTACHMENT, tuple(together))
+    mode = (patcher.get_attachment(MODE) or mode) if mode == "auto" else mode
+    clone.set_attachments(MODE, mode)
     fitting = [(adapter, matching(adapter, known).fitting, weight) for adapter, weight in together]
     basis = bases(
         patcher,
@@ -117,13 +125,18 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
         if layers
     ]
     mixed = mix(checked).layers if checked else {}
+    beside = {name: mixed[name] for name in bypass.bypassed(patcher, list(mixed), mode)}
+    bypass.install(clone, beside, basis)
     patches = {}
     for name, terms in mixed.items():
+        if name in beside:
+            continue
         key, rows = split_name(name)
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
         patches[target] = SodaWeightAdapter.of(name, terms, basis)
     _replace(clone, patches)
-    report.changed += len(patches)
+    report.changed += len(mixed)
+    report.bypassed += len(beside)
     return clone
 
 

@@ -1,0 +1,27 @@
+"""Weights stored in fewer bits than they are computed in: ComfyUI's own formats, bare fp8, GGUF.
+
+GGUF tensors come from the pack ComfyUI-GGUF: a subclass of Tensor over packed bytes that carries `tensor_type`,
+`tensor_shape` (its `shape`) and the patches on it; the module that holds it unpacks it by `get_weight`.
+"""
+
+from __future__ import annotations
+
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+
+def is_gguf(weight: Tensor) -> bool:
+    return hasattr(weight, "tensor_type")
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether storing a changed weight again would round it to 8 bits or fewer."""
+    return isinstance(weight, QuantizedTensor) or weight.element_size() == 1
+
+
+def dequantised_gguf(module: nn.Module, weight: Tensor) -> Tensor:
+    """The numbers of a GGUF weight of `module`, fp32, without the patches on it."""
+    bare = weight.as_subclass(type(weight))
+    bare.tensor_type, bare.tensor_shape, bare.patches = weight.tensor_type, weight.tensor_shape, []
+    return module.get_weight(bare, torch.float32)
