@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassForwardHook, WeightAdapterBase
 from torch import Tensor, nn
 
 Product = Callable[[Tensor], Tensor]
 
 
-def added(patcher: ModelPatcher, key: str, module: nn.Module, dtype: torch.dtype) -> Product | None:
-    """t of the patches on the weight `key` of a linear module, computed in `dtype`; None if they add nothing.
+def added(entries: Sequence[tuple], module: Any, device: torch.device, dtype: torch.dtype) -> Product | None:
+    """t of patches, as a patcher lists them, on the weight of a linear module; None if they add nothing.
 
     LoRA, LoHa, LoKr and plain differences count; what follows from the weight itself (OFT, a LoRA's DoRA scale) does
     not.
     """
     parts = []
-    for strength, patch, _, offset, _ in patcher.patches.get(key, ()):
-        product = _product(module, patch, strength, patcher.load_device, dtype)
+    for strength, patch, _, offset, _ in entries:
+        product = _product(module, patch, strength, device, dtype)
         if product is not None:
             parts.append((product, slice(None) if offset is None else slice(offset[1], offset[1] + offset[2])))
     if not parts:
@@ -38,9 +37,7 @@ def added(patcher: ModelPatcher, key: str, module: nn.Module, dtype: torch.dtype
     return total
 
 
-def _product(
-    module: nn.Module, patch: Any, strength: float, device: torch.device, dtype: torch.dtype
-) -> Product | None:
+def _product(module: Any, patch: Any, strength: float, device: torch.device, dtype: torch.dtype) -> Product | None:
     def near(value: Any) -> Any:
         return value.to(device=device, dtype=dtype) if isinstance(value, Tensor) else value
 

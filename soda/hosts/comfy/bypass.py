@@ -39,7 +39,7 @@ Rows = tuple[int, int] | None
 
 
 class Turn(NamedTuple):
-    """What one layer does in its module: factors of R_in^T and of R_out ([] for no rotation), and which D is its own."""
+    """What one layer does in its module: factors of R_in^T and R_out ([] for no rotation), and which D is its own."""
 
     rows: Rows
     inputs: list[Tensor]
@@ -131,8 +131,10 @@ def _change(
     if not live:
         return None
     weight = layer_weight(patcher, name).to("cpu", torch.float32)
-    changes = [spectral_change(bases[name, term.decomposition], term.delta, weight) for term in live]
-    change = torch.stack(changes).sum(0)
+    change = torch.zeros_like(weight)
+    for term in live:
+        assert term.delta is not None
+        change += spectral_change(bases[name, term.decomposition], term.delta, weight)
     return change[: min(weight.shape)].clone() if all(term.decomposition == "lq" for term in live) else change
 
 
@@ -154,17 +156,18 @@ class _Injection:
 
     def inject(self, patcher: ModelPatcher) -> None:
         held = patcher.get_additional_models_with_key(KEY)
+        hooked = patcher.get_combined_hook_patches(patcher.current_hooks)
         undo = self._undo.setdefault(patcher.model, [])
         for key, turns in self.turns.items():
             module = get_attr(patcher.model, key.removesuffix(".weight"))
-            before = module.__dict__.get("forward")
+            before: Any = module.__dict__.get("forward")
             while hasattr(before, "soda_before") and not before.soda_switch:
                 before = before.soda_before
             switch = [True]
-            forward = _forward(
-                module, module.forward if before is None else before, turns, held[0].model if held else (), switch,
-                added(patcher, key, module, compute_dtype(patcher)),
-            )  # fmt: skip
+            entries = [*patcher.patches.get(key, ()), *hooked.get(key, ())]
+            extra = added(entries, module, patcher.load_device, compute_dtype(patcher))
+            original = module.forward if before is None else before
+            forward: Any = _forward(module, original, turns, held[0].model if held else (), switch, extra)
             forward.soda_before, forward.soda_switch = before, switch
             module.forward = forward
             undo.append((module, before, forward, switch))
@@ -180,7 +183,7 @@ class _Injection:
 
 
 def _forward(
-    module: nn.Module, original: Callable, turns: Sequence[Turn], spectra: Any, switch: list, extra: Product | None
+    module: Any, original: Callable, turns: Sequence[Turn], spectra: Any, switch: list, extra: Product | None
 ) -> Callable:
     """The module's forward with its layers' rotations and spectra, while there is something in `switch`."""
 
@@ -216,7 +219,7 @@ def _turned(
     return y if extra is None else y + extra(x - z)
 
 
-def _by_rows(module: nn.Module, x: Tensor, turns: Sequence[Turn], spectra: Any, extra: Product | None) -> Tensor:
+def _by_rows(module: Any, x: Tensor, turns: Sequence[Turn], spectra: Any, extra: Product | None) -> Tensor:
     """y of a fused weight: unpacked once, multiplied piece by piece, as each piece takes an input of its own."""
     stream = None
     if hasattr(module, "cast_bias_weight"):  # GGUF
@@ -224,17 +227,22 @@ def _by_rows(module: nn.Module, x: Tensor, turns: Sequence[Turn], spectra: Any, 
     else:
         weight, bias, stream = comfy.ops.cast_bias_weight(module, x, offloadable=True)
     weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    pieces, at = [], 0
-    rest = Turn((weight.shape[0], weight.shape[0]), [], [], None)
-    for turn in [*sorted(turns, key=lambda turn: turn.rows or ()), rest]:
+    pieces, at, rest = [], 0, Turn(None, [], [], None)
+
+    def piece(start: int, end: int, turn: Turn) -> None:
+        rows = slice(start, end)
+        own = None if bias is None else bias[rows]
+        part = None if extra is None or turn is rest else (lambda z: extra(z)[..., rows])
+        pieces.append(_turned(x, turn, lambda z: nn.functional.linear(z, weight[rows], own), own, spectra, part))
+
+    for turn in sorted(turns, key=lambda turn: turn.rows or ()):
         start, end = turn.rows or (0, 0)
-        for rows, how in (((at, start), rest), ((start, end), turn)):
-            if rows[0] < rows[1]:
-                own = None if bias is None else bias[slice(*rows)]
-                part, w = slice(*rows), weight[slice(*rows)]
-                t = None if extra is None or how is rest else (lambda z, part=part: extra(z)[..., part])
-                pieces.append(_turned(x, how, lambda z, w=w, b=own: nn.functional.linear(z, w, b), own, spectra, t))
+        if at < start:
+            piece(at, start, rest)
+        piece(start, end, turn)
         at = end
+    if at < weight.shape[0]:
+        piece(at, weight.shape[0], rest)
     if stream is not None:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     return torch.cat(pieces, -1)

@@ -6,9 +6,11 @@ GGUF tensors come from the pack ComfyUI-GGUF: a subclass of Tensor over packed b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy.quant_ops import QuantizedTensor
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_gguf(weight: Tensor) -> bool:
@@ -20,7 +22,7 @@ def is_quantised(weight: Tensor) -> bool:
     return isinstance(weight, QuantizedTensor) or weight.element_size() == 1
 
 
-def dequantised_gguf(module: nn.Module, weight: Tensor) -> Tensor:
+def dequantised_gguf(module: Any, weight: Any) -> Tensor:
     """The numbers of a GGUF weight of `module`, fp32, without the patches on it."""
     bare = weight.as_subclass(type(weight))
     bare.tensor_type, bare.tensor_shape, bare.patches = weight.tensor_type, weight.tensor_shape, []
