@@ -13,7 +13,7 @@ are counted, loaded and offloaded as all models are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -62,28 +62,46 @@ def bypassed(patcher: ModelPatcher, layers: Sequence[str], mode: str) -> list[st
     return found
 
 
+@torch.inference_mode(False)  # a training may run through these
+@torch.no_grad()
 def install(clone: ModelPatcher, layers: Terms, bases: Mapping[tuple[str, Decomposition], Basis]) -> None:
     """Let a patcher compute with these layers in bypass, and with none that it had before."""
-    clone.remove_injections(KEY)
-    clone.remove_additional_models(KEY)
-    clone.set_attachments(KEY, len(layers))
-    if not layers:
-        return
     dtype = compute_dtype(clone)
     spectra = nn.ModuleList()
-    turns: dict[str, list[Turn]] = {}
+    turns: dict[str, Turn] = {}
     for name, inputs, outputs in rotations(layers, clone.load_device, dtype):
-        key, rows = split_name(name)
         change = _change(clone, name, layers[name], bases)
         if change is not None:
             spectra.append(_linear(change.to(dtype)))
-        turns.setdefault(key, []).append(Turn(rows, inputs, outputs, None if change is None else len(spectra) - 1))
-    injection = _Injection(turns)
-    # First, so that what other bypass loaders add sees the module's true input.
-    clone.injections = {KEY: [PatcherInjection(injection.inject, injection.eject)], **clone.injections}
+        turns[name] = Turn(split_name(name)[1], inputs, outputs, None if change is None else len(spectra) - 1)
+    clone.remove_additional_models(KEY)
     if len(spectra):
         comfy.model_management.archive_model_dtypes(spectra)
         clone.set_additional_models(KEY, [CoreModelPatcher(spectra, clone.load_device, clone.offload_device)])
+    _inject(clone, layers, turns)
+
+
+def installed(patcher: ModelPatcher) -> Terms:
+    """The layers that a patcher has in bypass."""
+    found = patcher.get_attachment(KEY)
+    return {} if found is None else found[0]
+
+
+def take_off(patcher: ModelPatcher, names: Iterable[str]) -> None:
+    """Leave these layers out from now on."""
+    if installed(patcher):
+        layers, turns = patcher.get_attachment(KEY)
+        kept = layers.keys() - set(names)
+        _inject(patcher, {name: layers[name] for name in kept}, {name: turns[name] for name in kept})
+
+
+def _inject(patcher: ModelPatcher, layers: Terms, turns: Mapping[str, Turn]) -> None:
+    patcher.set_attachments(KEY, (layers, turns))
+    patcher.remove_injections(KEY)
+    if turns:
+        injection = _Injection(turns)
+        # First, so that what other bypass loaders add sees the module's true input.
+        patcher.injections = {KEY: [PatcherInjection(injection.inject, injection.eject)], **patcher.injections}
 
 
 def compute_dtype(patcher: ModelPatcher) -> torch.dtype:
@@ -150,8 +168,10 @@ class _Injection:
     Modules are looked up by the patcher at hand: ComfyUI may rebuild the model for a clone (hooks, torch.compile).
     """
 
-    def __init__(self, turns: Mapping[str, Sequence[Turn]]):
-        self.turns = turns
+    def __init__(self, turns: Mapping[str, Turn]):
+        self.turns: dict[str, list[Turn]] = {}  # by key
+        for name, turn in turns.items():
+            self.turns.setdefault(split_name(name)[0], []).append(turn)
         self._undo: WeakKeyDictionary = WeakKeyDictionary()  # model -> [(module, its forward before, ours, switch)]
 
     def inject(self, patcher: ModelPatcher) -> None:

@@ -18,6 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from ...adapter import Adapter
 from ...fingerprint import tensor_hash
 from .base import layer_weight, unpatched
+from .bypass import installed
 
 VERSION = 1  # of what is hashed and of what a run keeps; other numbers never meet
 SPREAD = 4096  # numbers of a weight that is not adapted
@@ -41,6 +42,7 @@ def run_hash(patcher: ModelPatcher, layers: Mapping[str, str], *inputs: object) 
     digest.add(layer_hashes(patcher, layers))
     digest.add(_rest_hash(patcher))
     digest.add(patcher.patches)
+    digest.add(installed(patcher))
     digest.add(patcher.object_patches)
     digest.add(patcher.model_options)
     for value in inputs:

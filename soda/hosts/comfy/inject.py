@@ -12,9 +12,11 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import PatcherInjection
+from comfy.quant_ops import QuantizedTensor
 
 from ...adapter import split_rows
 from .base import unpatched
+from .quantised import with_parts
 
 KEY = "soda_training"
 
@@ -87,6 +89,8 @@ class Injection:
 
 def _alias(held: torch.Tensor) -> torch.Tensor:
     """The same memory as a normal tensor: one made under inference mode cannot be saved for backward."""
+    if isinstance(held, QuantizedTensor):
+        return torch.nn.Parameter(with_parts(held, _alias), requires_grad=False)
     with torch.inference_mode(False):
         tensor = torch.empty(0, dtype=held.dtype, device=held.device)
         tensor.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())

@@ -105,9 +105,9 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
     together = [(adapter, weight) for adapter, weight in (*before, *parts) if weight != 0.0]
     clone = patcher.clone()
     if len(together) == len(before):
-        beside = clone.get_attachment(bypass.KEY) or 0
-        report.changed += beside + sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
-        report.bypassed += beside
+        report.bypassed += len(bypass.installed(clone))
+        report.changed += len(bypass.installed(clone))
+        report.changed += sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
         return clone
     clone.set_attachments(ATTACHMENT, tuple(together))
     mode = (patcher.get_attachment(MODE) or mode) if mode == "auto" else mode

@@ -6,6 +6,8 @@ GGUF tensors come from the pack ComfyUI-GGUF: a subclass of Tensor over packed b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -27,3 +29,11 @@ def dequantised_gguf(module: Any, weight: Any) -> Tensor:
     bare = weight.as_subclass(type(weight))
     bare.tensor_type, bare.tensor_shape, bare.patches = weight.tensor_type, weight.tensor_shape, []
     return module.get_weight(bare, torch.float32)
+
+
+def with_parts(weight: Any, each: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+    """A weight of ComfyUI's formats made of `each` of its tensors: the packed numbers and their scales."""
+    values = {field.name: getattr(weight.params, field.name) for field in fields(weight.params)}
+    params = replace(weight.params, **{name: each(v) for name, v in values.items() if isinstance(v, Tensor)})
+    with torch.inference_mode(False):
+        return QuantizedTensor(each(weight._qdata), weight._layout_cls, params)
