@@ -5,11 +5,10 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from comfy.model_patcher import ModelPatcher
-from comfy.utils import get_attr
 
 from ...errors import SodaTrainingError
 from ...training.presets import TARGETS
-from .quantised import is_gguf
+from .quantised import untrainable
 from .targets import attention_weights
 
 AUTO = "auto"
@@ -28,13 +27,14 @@ def resolve(patcher: ModelPatcher, targets: str, role: str) -> str:
 
 def chosen_weights(patcher: ModelPatcher, targets: str, pattern: str) -> dict[str, str]:
     """Layer name -> state dict key; of the targets' layers those whose name matches `pattern` (*, ? and [abc] as in
-    file names, "" for all). Raises SodaTrainingError if there is none, and for GGUF weights, which ComfyUI's seams for
-    training do not reach."""
+    file names, "" for all). Raises SodaTrainingError if there is none, or if a weight of the model lets no gradient
+    pass."""
     known = attention_weights(patcher, targets)
-    if any(is_gguf(get_attr(patcher.model, key)) for key in known.values()):
+    form = next(filter(None, map(untrainable, patcher.model.parameters())), None)
+    if form is not None:
         raise SodaTrainingError(
-            "A GGUF model cannot be trained on. Train on the same model in fp16, bf16 or fp8, from Load Checkpoint or "
-            "Load Diffusion Model; the adapter then works on the GGUF model too."
+            f"A model in {form} cannot be trained on. Train on the same model in fp16, bf16 or fp8; the adapter then works "
+            f"on the {form} model too."
         )
     if not pattern:
         return known

@@ -113,6 +113,7 @@ def check_spectrum(
         report.warnings.append(f"{about}: its spectrum is off by about {error:.0%} here.")
         return layers
     report.warnings.append(
-        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied."
+        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied. For all of it "
+        f"use {trained_on}, or bake it there: soda convert --to diff."
     )
     return rotation_only(layers)

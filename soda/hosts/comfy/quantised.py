@@ -24,6 +24,14 @@ def is_quantised(weight: Tensor) -> bool:
     return isinstance(weight, QuantizedTensor) or weight.element_size() == 1
 
 
+def untrainable(weight: Any) -> str | None:
+    """The name of a format that no training can run through: GGUF modules ask for no weight function, and the 4 bit
+    kernel has no derivative."""
+    if is_gguf(weight):
+        return "GGUF"
+    return "convrot_w4a4" if getattr(weight, "_layout_cls", "") == "TensorCoreConvRotW4A4Layout" else None
+
+
 def dequantised_gguf(module: Any, weight: Any) -> Tensor:
     """The numbers of a GGUF weight of `module`, fp32, without the patches on it."""
     bare = weight.as_subclass(type(weight))
