@@ -249,14 +249,12 @@ def test_other_bypass_loaders_stand_beside():
 def test_torch_compile(mode):
     """As core's TorchCompileModel does it, of one block only and without inductor, which would take a minute."""
     model = small_model()
-    one, base = adapter(model), sampled(model)
+    one, base = adapter(model), sampled(model, steps=1)
     patched = apply(model, [(one, 1.0)], mode=mode)[0]
-    compiled = patched.clone(disable_dynamic=True)
-    set_torch_compile_wrapper(model=compiled, backend="eager", keys=["diffusion_model.middle_block.1.transformer_blocks.0"])
-    assert off(sampled(compiled), sampled(patched), base) < 1e-4
-    stronger = apply(compiled, [(one, 0.5)])[0]
-    assert off(sampled(stronger), sampled(apply(patched, [(one, 0.5)])[0]), base) < 1e-4
-    assert torch.equal(sampled(model), base)
+    compiled, block = patched.clone(disable_dynamic=True), "diffusion_model.middle_block.1.transformer_blocks.0"
+    set_torch_compile_wrapper(model=compiled, backend="eager", keys=[block])
+    assert off(sampled(compiled, steps=1), sampled(patched, steps=1), base) < 1e-4
+    assert torch.equal(sampled(model, steps=1), base)
 
 
 def sampled(model, positive=None, steps=2):

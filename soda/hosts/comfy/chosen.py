@@ -33,8 +33,8 @@ def chosen_weights(patcher: ModelPatcher, targets: str, pattern: str) -> dict[st
     form = next(filter(None, map(untrainable, patcher.model.parameters())), None)
     if form is not None:
         raise SodaTrainingError(
-            f"A model in {form} cannot be trained on. Train on the same model in fp16, bf16 or fp8; the adapter then works "
-            f"on the {form} model too."
+            f"A model in {form} cannot be trained on. Train on the same model in fp16, bf16 or fp8; the adapter then "
+            f"works on the {form} model too."
         )
     if not pattern:
         return known
