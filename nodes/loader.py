@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..soda.hosts.comfy import folders, patch, status
-from .sockets import CATEGORY, SODA_ADAPTER, strength_input
+from .sockets import CATEGORY, SODA_ADAPTER, mode_input, strength_input
 
 
 class SodaLoader(io.ComfyNode):
@@ -38,6 +38,7 @@ class SodaLoader(io.ComfyNode):
                     "The same for the text encoder, where the adapter changes it.",
                     optional=True,
                 ),
+                mode_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the adapter."),
@@ -52,8 +53,10 @@ class SodaLoader(io.ComfyNode):
         return folders.fingerprint(adapter_name)
 
     @classmethod
-    def execute(cls, model, adapter_name: str, strength: float, clip=None, strength_clip: float = 1.0) -> io.NodeOutput:
+    def execute(
+        cls, model, adapter_name: str, strength: float, clip=None, strength_clip: float = 1.0, mode: str = "auto"
+    ) -> io.NodeOutput:
         adapter = folders.load(adapter_name)
-        new_model, new_clip, report = patch.apply(model, [(adapter, strength)], clip, [(adapter, strength_clip)])
+        new_model, new_clip, report = patch.apply(model, [(adapter, strength)], clip, [(adapter, strength_clip)], mode)
         status.show(report.text(), cls.hidden.unique_id)
         return io.NodeOutput(new_model, new_clip, adapter)

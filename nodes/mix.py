@@ -11,7 +11,7 @@ from ..soda.adapter import Adapter
 from ..soda.errors import SodaMixError
 from ..soda.hosts.comfy import folders, patch, status
 from ..soda.mixing import mix
-from .sockets import CATEGORY, ROLES, SODA_ADAPTER, strength_input
+from .sockets import CATEGORY, ROLES, SODA_ADAPTER, mode_input, strength_input
 
 ROWS = 8
 WIRED = "(wired)"  # in place of a file name
@@ -108,6 +108,7 @@ class SodaMix(io.ComfyNode):
                     optional=True,
                     tooltip="Only needed for adapters that also change the text encoder.",
                 ),
+                mode_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the mix."),
@@ -123,11 +124,11 @@ class SodaMix(io.ComfyNode):
         return [name if name == WIRED else folders.fingerprint(name) for name in names]
 
     @classmethod
-    def execute(cls, model, row: dict, adapters: dict | None = None, clip=None) -> io.NodeOutput:
+    def execute(cls, model, row: dict, adapters: dict | None = None, clip=None, mode: str = "auto") -> io.NodeOutput:
         together = parts(row, adapters or {})
         if not together:
             raise SodaMixError("There is no adapter to mix: pick a file in the first row or wire an adapter.")
-        new_model, new_clip, report = patch.apply(model, together, clip)
+        new_model, new_clip, report = patch.apply(model, together, clip, mode=mode)
         mixed = mix(together, "mix")
         single, reason = mixed.is_single_form()
         if not single:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,25 @@ from .precision import CPU, is_fast_in_fp64, solver_device
 
 WORKING_SET = 3 << 28  # bytes, some seven 1280 x 1280 at a time; larger batches are no faster
 Progress = Callable[[int, int], None]
+
+
+class Some(Mapping[str, Tensor]):
+    """Some weights of a mapping that may load each anew at every look."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str]):
+        self._weights, self._names = weights, dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def decompose_all(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .bases import WORKING_SET, Progress, decompose_batches
+from .bases import WORKING_SET, Progress, Some, decompose_batches
 from .basis_folder import BasisFolder
 from .decomposition import Basis, Key
 from .precision import CPU
@@ -77,14 +77,14 @@ class BasisCache:
         hashes = self.hashes(weights, owner) if hashes is None else hashes
         keys: dict[str, Key] = {name: (hashes[name], decomposition) for name in weights}
         tell: Progress = progress or (lambda done, total: None)
-        missing = dict(weights)
+        done, missing = 0, dict.fromkeys(weights)
         for name, basis in self._at_hand(keys, weights):
             del missing[name]
-            tell(len(weights) - len(missing), len(weights))
+            done += 1
+            tell(done, len(weights))
             yield name, basis
-        done = len(weights) - len(missing)
         start_time = time.perf_counter()
-        for batch in decompose_batches(missing, decomposition, device=device, working_set=working_set):
+        for batch in decompose_batches(Some(weights, missing), decomposition, device=device, working_set=working_set):
             taken = time.perf_counter() - start_time
             kept = {name: basis.kept() for name, basis in batch.items()}
             to_disk = taken * READ_RATE > sum(basis.nbytes for basis in kept.values())

@@ -92,30 +92,28 @@ def kronecker_sum(logs: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return sum(terms[1:], terms[0])
 
 
-def gathered(factors: Sequence[Tensor]) -> list[Tensor]:
-    """The same R from at most two factors, `(..., a, a)` and `(..., b, b)`: neighbours multiplied out so that a + b,
-    the products that turning one number takes, is least."""
+def halves(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same R with neighbouring factors multiplied out to two, sizes a + b least; one factor stays as it is."""
     sizes = [factor.shape[-1] for factor in factors]
-    splits = [(math.prod(sizes[:i]) + math.prod(sizes[i:]), i) for i in range(1, len(sizes))]
-    if not splits:
+    if len(sizes) < 2:
         return list(factors)
-    split = min(splits)[1]
+    split = min(range(1, len(sizes)), key=lambda i: math.prod(sizes[:i]) + math.prod(sizes[i:]))
     return [kronecker(factors[:split]), kronecker(factors[split:])]
 
 
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """x R^T, in x's dtype, for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions.
 
-    As R = A x B with neighbouring factors multiplied out to two (`gathered`, which may be done beforehand): a row as a
-    matrix X (a, b) turns to A X B^T, a + b products per number instead of N. More passes would save products and cost
-    more in copies (on a CPU 2 to 20 times the time). Small N goes through the dense R.
+    As R = A x B of `halves`: a row as a matrix X (a, b) turns to A X B^T, a + b products per number instead of N. More
+    passes would save products and cost more in copies (on a CPU 2 to 20 times the time). Small N goes through the
+    dense R.
     """
-    halves = gathered(factors)
-    a, b = (1, *(half.shape[-1] for half in halves))[-2:]
+    parts = halves(factors)
+    a, b = [1, *(part.shape[-1] for part in parts)][-2:]
     dimension, on_cpu = a * b, x.device.type == "cpu"
     if dimension <= (DENSE_DIMENSION_CPU if on_cpu else DENSE_DIMENSION) or a + b > dimension:
-        return x @ kronecker(halves).to(x.dtype).mT
-    first, second = (half.to(x.dtype) for half in halves)
+        return x @ kronecker(parts).to(x.dtype).mT
+    first, second = (part.to(x.dtype) for part in parts)
     turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
     if on_cpu and x.dim() == 2:
         return (first.unsqueeze(-3) @ turned).reshape(x.shape)  # without moving a number

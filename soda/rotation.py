@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Layer
-from .kronecker import expm_factors, gathered, kronecker_sum, rotate
+from .kronecker import expm_factors, halves, kronecker_sum, rotate
 from .precision import CPU, has_fp64
 
 Logs = tuple[Tensor, ...]  # strict upper triangles, fp64
@@ -29,15 +29,18 @@ class Rotation:
     factors: tuple[Tensor, ...] = ()
     unlike: tuple[tuple[Form, Logs], ...] = ()
 
+    def made(self, like: Tensor) -> tuple[Tensor, ...]:
+        """The factors; of unlike sizes one, the dense R in the dtype and on the device of `like`."""
+        if not self.unlike:
+            return self.factors
+        total = torch.stack([kronecker_sum(logs, sizes) for sizes, logs in self.unlike]).sum(0)
+        place = like.device if has_fp64(like.device) else CPU
+        return (torch.linalg.matrix_exp(total.to(place)).to(like),)
+
     def turn(self, x: Tensor) -> Tensor:
         """x R^T."""
-        if self.factors:
-            return rotate(x, self.factors)
-        if not self.unlike:
-            return x
-        total = torch.stack([kronecker_sum(logs, sizes) for sizes, logs in self.unlike]).sum(0)
-        place = x.device if has_fp64(x.device) else CPU
-        return rotate(x, [torch.linalg.matrix_exp(total.to(place)).to(x)])
+        factors = self.made(x)
+        return rotate(x, factors) if factors else x
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ def rotations(
     place = device if has_fp64(device) else CPU
     for form, members in alike.items():
         stacks = [torch.stack(logs).to(place) * strength for logs in zip(*members.values(), strict=True)]
-        halves = [half.to(device, dtype) for half in gathered(expm_factors(stacks, form))]
-        for where, factors in zip(members, zip(*halves, strict=True), strict=True):
+        parts = [part.to(device, dtype) for part in halves(expm_factors(stacks, form))]
+        for where, factors in zip(members, zip(*parts, strict=True), strict=True):
             found[where] = Rotation(factors)
     return {
         name: Rotations(found.get((name, "input"), Rotation()), found.get((name, "output"), Rotation()))

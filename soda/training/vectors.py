@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..adapter import Decomposition
-from ..bases import decompose_all
+from ..bases import Some, decompose_all
 from ..decomposition import Basis, complete, spectral_change
 from ..kronecker import rotate
 from .plan import Plan
@@ -54,7 +54,7 @@ class Vectors:
         if decomposition == "none":
             return None
         device = weights[names[0]].device
-        chosen = _Only(weights, names)
+        chosen = Some(weights, names)
         sides: dict[str, Side] = {"left": None, "right": None}
         small: dict[str, list[Tensor]] = {"spectrum": [], "live": []}
         for i, (name, basis) in enumerate(decompose_all(chosen, decomposition, device=device, keep=True)):
@@ -79,22 +79,6 @@ class Vectors:
             None if side is None else side[i].to(device, non_blocking=True) for side in (self.left, self.right)
         )
         return Basis(self.decomposition, left, right, self.spectrum[i], self.live[i])
-
-
-class _Only(Mapping[str, Tensor]):
-    """Some of the weights, each looked up when it is asked for."""
-
-    def __init__(self, weights: Mapping[str, Tensor], names: Sequence[str]):
-        self.weights, self.names = weights, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _on(basis: Basis, device: torch.device) -> Basis:

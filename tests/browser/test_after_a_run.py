@@ -37,7 +37,9 @@ def test_new_file_is_in_every_list_and_no_value_is_lost(page):
     files = choices(page, "SodaLoader", "adapter_name")
     (new,) = set(files) - set(before)
     assert choices(page, "SodaMix", "row.adapter_name") == ["(wired)", *files]
-    assert widget_values(page, "SodaLoader") == {"adapter_name": SUBJECT, "strength": strength, "strength_clip": 1}
+    assert widget_values(page, "SodaLoader") == {
+        "adapter_name": SUBJECT, "strength": strength, "strength_clip": 1, "mode": "auto",
+    }  # fmt: skip
     assert widget_values(page, "SodaMix")["row.weight"] == strength
     assert choices(page, "SodaMix", "row") == ["none", "adapter"]
 

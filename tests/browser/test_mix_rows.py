@@ -31,7 +31,7 @@ def sockets(page) -> dict[str, bool]:
 
 def test_filling_a_row_shows_the_next_and_keeps_the_first(page):
     build_graph(page, [PLAYGROUND, MIX])
-    assert widget_values(page, "SodaMix") == {"row": "none"}
+    assert widget_values(page, "SodaMix") == {"row": "none", "mode": "auto"}
     choose(page, "SodaMix", "row", "adapter")
     choose(page, "SodaMix", "row.role", "style")
     page.evaluate("app.graph.nodes[1].widgets.find((w) => w.name === 'row.weight').value = 0.35")
@@ -40,15 +40,18 @@ def test_filling_a_row_shows_the_next_and_keeps_the_first(page):
     assert list(values) == [
         "row", "row.adapter_name", "row.weight", "row.role",
         "row.row2", "row.row2.adapter_name", "row.row2.weight", "row.row2.role", "row.row2.row3",
+        "mode",
     ]  # fmt: skip
     assert (values["row"], values["row.weight"], values["row.role"]) == ("adapter", 0.35, "style")
     assert values["row.row2.row3"] == "none"
     labels = page.evaluate("app.graph.nodes[1].widgets.map((widget) => widget.label)")
     kinds = ("adapter", "file", "weight", "role")
-    assert labels == [f"{kind} {row}" for row in (1, 2) for kind in kinds] + ["adapter 3"]
+    assert labels == [f"{kind} {row}" for row in (1, 2) for kind in kinds] + ["adapter 3", "mode"]
 
     choose(page, "SodaMix", "row.row2", "none")
-    assert list(widget_values(page, "SodaMix").items()) == list(values.items())[:4] + [("row.row2", "none")]
+    assert list(widget_values(page, "SodaMix").items()) == [
+        *list(values.items())[:4], ("row.row2", "none"), ("mode", "auto"),
+    ]  # fmt: skip
 
 
 def test_all_eight_rows(page):

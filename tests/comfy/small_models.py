@@ -14,13 +14,16 @@ import comfy.text_encoders.pixart_t5
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from soda_pack.soda.adapter import Adapter, Layer
+from soda_pack.soda.hosts.comfy.fit import shapes
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from soda_pack.soda.kronecker import factor_sizes
 
 CONTEXT = 48
 
 
-def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtype=torch.float32, channels: int = 4):
+def small_model(
+    seed: int = 0, width: int = 32, v_prediction: bool = False, dtype=torch.float32, channels: int = 4, operations=None
+):  # fmt: skip
     """A ModelPatcher around an SD1-like UNet with two levels; its weights are inference tensors, as from loaders."""
     config = comfy.supported_models.SD15(
         {
@@ -36,6 +39,7 @@ def small_model(seed: int = 0, width: int = 32, v_prediction: bool = False, dtyp
     cpu = torch.device("cpu")
     with torch.inference_mode():
         config.manual_cast_dtype = None if dtype == torch.float32 else torch.float32
+        config.custom_operations = operations
         if channels == 3:
             config.latent_format = comfy.latent_formats.ChromaRadiance()
         model = comfy.model_base.BaseModel(config, model_type=kind, device=cpu)
@@ -51,9 +55,9 @@ def adapter(model, seed: int = 1, size: float = 0.3, decomposition: str = "lq", 
     """A random adapter for every attention projection of `model`."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    weights = model.model_state_dict()
+    known = shapes(model)
     for layer, key in attention_weights(model).items():
-        shape = weights[key].shape
+        shape = known[key]
         sizes = factor_sizes(shape[0] if decomposition == "qr" else shape[1], factors)
         logs = tuple(torch.randn(n * (n - 1) // 2, generator=generator) * size for n in sizes)
         delta = None if decomposition == "none" else torch.randn(min(shape), generator=generator) * size * 0.1
@@ -64,10 +68,10 @@ def adapter(model, seed: int = 1, size: float = 0.3, decomposition: str = "lq", 
 def lora(model, seed: int = 2) -> dict:
     """Core LoRA patches of rank 2 for the attention projections."""
     generator = torch.Generator().manual_seed(seed)
-    weights = model.model_state_dict()
+    known = shapes(model)
     patches = {}
     for key in attention_weights(model).values():
-        rows, columns = weights[key].shape
+        rows, columns = known[key]
         up, down = torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator) * 0.02
         patches[key] = LoRAAdapter(set(), (up, down, 2.0, None, None, None))
     return patches

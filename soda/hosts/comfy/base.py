@@ -12,10 +12,14 @@ from pathlib import Path
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
+from comfy.quant_ops import QuantizedTensor
+from comfy.utils import get_attr
 
 from ...adapter import Decomposition, split_rows
+from ...bases import Some
 from ...basis_cache import BasisCache
 from ...decomposition import Basis, Key, kept_bytes
+from .quantised import dequantised_gguf, is_gguf, with_parts
 from .settings import basis_bounds
 
 CACHE = BasisCache(folder=Path(folder_paths.get_user_directory()) / "soda" / "bases")
@@ -43,11 +47,15 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
         weight = patcher.backup[key].weight
     if key in patcher.hook_backup:
         weight = patcher.hook_backup[key][0]
+    if is_gguf(weight):
+        return dequantised_gguf(get_attr(patcher.model, key.rsplit(".", 1)[0]), weight)
     return weight if convert is None else convert(weight, inplace=False)
 
 
 def alias(held: torch.Tensor) -> torch.Tensor:
     """The same memory as a normal tensor: one made under inference mode cannot be saved for backward."""
+    if isinstance(held, QuantizedTensor):
+        return torch.nn.Parameter(with_parts(held, alias), requires_grad=False)
     with torch.inference_mode(False):
         tensor = torch.empty(0, dtype=held.dtype, device=held.device)
         tensor.set_(held.untyped_storage(), held.storage_offset(), held.shape, held.stride())
@@ -74,17 +82,14 @@ def layer_shape(patcher: ModelPatcher, layer: str) -> tuple[int, ...]:
     return shape if rows is None else (rows[1] - rows[0], *shape[1:])
 
 
-class BaseWeights(Mapping[str, torch.Tensor]):
-    """Layer -> unpatched weight (out, in) on the device the model computes on, as a tensor that may take part in
-    training, fp32 unless of half precision; looked up anew each time and not copied where it already is so."""
+class UnpatchedWeights(Mapping[str, torch.Tensor]):
+    """Layer -> unpatched weight (out, in), looked up anew each time: a quantised one takes memory only for a while."""
 
     def __init__(self, patcher: ModelPatcher, layers: Iterable[str]):
         self.patcher, self.layers = patcher, dict.fromkeys(layers)
 
     def __getitem__(self, layer: str) -> torch.Tensor:
-        weight = layer_weight(self.patcher, layer).to(self.patcher.load_device)
-        weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
-        return alias(weight) if weight.is_inference() else weight
+        return layer_weight(self.patcher, layer)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.layers
@@ -96,6 +101,16 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         return len(self.layers)
 
 
+class TrainableWeights(UnpatchedWeights):
+    """These on the device the model computes on, as tensors that may take part in training, fp32 unless of half
+    precision; not copied where they already are so."""
+
+    def __getitem__(self, layer: str) -> torch.Tensor:
+        weight = super().__getitem__(layer).to(self.patcher.load_device)
+        weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
+        return alias(weight) if weight.is_inference() else weight
+
+
 class ModelBases:
     """The bases that some layers of a model need: those of the unpatched weights, as kept, on the CPU."""
 
@@ -103,9 +118,9 @@ class ModelBases:
         self._cache = bounded_cache()
         self._device = patcher.load_device
         wanted = set(wanted)
-        self.weights = {layer: layer_weight(patcher, layer) for layer, _ in sorted(wanted)}
+        self.weights = UnpatchedWeights(patcher, (layer for layer, _ in sorted(wanted)))
         self.hashes = self._cache.hashes(self.weights, patcher.model)
-        self.bytes = sum(kept_bytes(self.weights[layer].shape, kind) for layer, kind in wanted)
+        self.bytes = sum(kept_bytes(layer_shape(patcher, layer), kind) for layer, kind in wanted)
 
     @property
     def kept(self) -> bool:
@@ -128,7 +143,7 @@ class ModelBases:
     def each(self, places: Collection[tuple[str, Decomposition]]) -> Iterator[tuple[tuple[str, Decomposition], Basis]]:
         """((layer, decomposition), basis) of some of them, from the cache or computed now."""
         for decomposition in sorted({kind for _, kind in places}):
-            weights = {layer: self.weights[layer] for layer, kind in sorted(places) if kind == decomposition}
+            weights = Some(self.weights, (layer for layer, kind in sorted(places) if kind == decomposition))
             found = self._cache.bases(weights, decomposition, hashes=self.hashes, device=self._device)
             for layer, basis in found:
                 yield (layer, decomposition), basis

@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...errors import SodaTrainingError
 from ...training.presets import TARGETS
+from .quantised import untrainable
 from .targets import attention_weights
 
 AUTO = "auto"
@@ -26,8 +27,15 @@ def resolve(patcher: ModelPatcher, targets: str, role: str) -> str:
 
 def chosen_weights(patcher: ModelPatcher, targets: str, pattern: str) -> dict[str, str]:
     """Layer name -> state dict key; of the targets' layers those whose name matches `pattern` (*, ? and [abc] as in
-    file names, "" for all). Raises SodaTrainingError if there is none."""
+    file names, "" for all). Raises SodaTrainingError if there is none, or if a weight of the model lets no gradient
+    pass."""
     known = attention_weights(patcher, targets)
+    form = next(filter(None, map(untrainable, patcher.model.parameters())), None)
+    if form is not None:
+        raise SodaTrainingError(
+            f"A model in {form} cannot be trained on. Train on the same model in fp16, bf16 or fp8; the adapter then "
+            f"works on the {form} model too."
+        )
     if not pattern:
         return known
     found = {layer: key for layer, key in known.items() if fnmatchcase(layer, pattern)}

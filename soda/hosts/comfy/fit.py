@@ -28,11 +28,14 @@ class Report:
     """What applying adapters did: counts of layers, names that found no place, sentences for the user."""
 
     changed: int = 0
+    bypassed: int = 0  # of these, beside a weight that stays as it is
     unmatched: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         lines = [f"{self.changed} layer{'' if self.changed == 1 else 's'} changed"]
+        if self.bypassed:
+            lines[0] += ", all in bypass" if self.bypassed == self.changed else f", {self.bypassed} of them in bypass"
         if self.unmatched:
             shown = ", ".join(self.unmatched[:3])
             more = f" and {len(self.unmatched) - 3} more" if len(self.unmatched) > 3 else ""
@@ -41,8 +44,11 @@ class Report:
 
 
 def shapes(patcher: ModelPatcher) -> dict[str, tuple[int, ...]]:
-    """State dict key -> shape, a 1 x 1 convolution's as a matrix; without moving or copying a weight."""
-    return {key: matrix_shape(weight.shape) for key, weight in patcher.model_state_dict().items()}
+    """Key of a parameter -> shape, a 1 x 1 convolution's as a matrix; without moving or copying a weight.
+
+    Not from the state dict, which holds quantised weights as they are packed.
+    """
+    return {key: matrix_shape(weight.shape) for key, weight in patcher.model.named_parameters()}
 
 
 @dataclass
@@ -141,6 +147,7 @@ def fit_to_apply(
         report.warnings.append(f"{about}: its spectrum is off by about {error:.0%} here.")
         return layers
     report.warnings.append(
-        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied."
+        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied. For all of it "
+        f"use {trained_on}, or bake it there: soda convert --to diff."
     )
     return rotation_only(layers)

@@ -20,6 +20,7 @@ from ...adapter import Adapter
 from ...basis_cache import HASH_THREADS
 from ...fingerprint import tensor_hash
 from .base import layer_weight, unpatched
+from .bypass import installed
 
 VERSION = 1  # of what is hashed and of what a run keeps; other numbers never meet
 SPREAD = 4096  # numbers of a weight that is not adapted
@@ -43,6 +44,7 @@ def run_hash(patcher: ModelPatcher, layers: Mapping[str, str], *inputs: object) 
     digest.add(layer_hashes(patcher, layers))
     digest.add(_rest_hash(patcher))
     digest.add(patcher.patches)
+    digest.add(installed(patcher))
     digest.add(patcher.object_patches)
     digest.add(patcher.model_options)
     for value in inputs:
@@ -53,8 +55,9 @@ def run_hash(patcher: ModelPatcher, layers: Mapping[str, str], *inputs: object) 
 def _rest_hash(patcher: ModelPatcher) -> str:
     known = _weights.setdefault(patcher.model, {})
     if "" not in known:
-        digest = _Digest()
-        for key in sorted(patcher.model_state_dict()):
+        digest, model = _Digest(), patcher.model
+        held = {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
+        for key in sorted(held & patcher.model_state_dict().keys()):  # scales of a quantised weight are no tensors here
             digest.add(key)
             digest.add(_spread(unpatched(patcher, key), SPREAD))
         known[""] = digest.sha.hexdigest()

@@ -17,11 +17,14 @@ from comfy.weight_adapter import WeightAdapterBase
 from ...adapt import changed
 from ...adapter import Adapter, Layer
 from ...mixing import mix
+from . import bypass
 from .base import ModelBases, matrix_shape, split_name
 from .fit import Report, fit_to_apply, matching, shapes, spectrum_errors, unmatched
 from .fold import Fold
 
 ATTACHMENT = "soda"
+MODE = "soda_mode"
+MODES = ("auto", "merge", "bypass")
 Parts = Sequence[tuple[Adapter, float]]
 
 
@@ -67,35 +70,40 @@ def attached(patcher: ModelPatcher) -> Parts:
     return patcher.get_attachment(ATTACHMENT) or ()
 
 
-def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None = None):
+def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None = None, mode: str = "auto"):
     """(model, clip, Report) with `parts` added to what SODA put there before; the inputs stay as they are.
 
     `clip_parts` are the same adapters with their weights for the CLIP, where these are others. Weight 0 adds nothing,
     so that the base is kept bit for bit. A layer of the adapter belongs to the MODEL or the CLIP by its name. An
-    adapter that does not fit raises SodaMixError.
+    adapter that does not fit raises SodaMixError. `mode` is one of MODES (see `bypass.bypassed`) and holds for all SODA
+    adapters on the model; auto keeps what another node has set.
     """
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
     report = Report()
     for adapter, _ in parts:
         report.unmatched += unmatched(adapter, [matching(adapter, k) for k in known], type(model.model).__name__)
-    new_model = _fold(model, parts, known[0], report)
+    new_model = _fold(model, parts, known[0], report, mode)
     if clip is None:
         return new_model, None, report
     new_clip = clip.clone()
-    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report)
+    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report, mode)
     return new_model, new_clip, report
 
 
-def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> ModelPatcher:
+def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode: str) -> ModelPatcher:
     """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones."""
     before = attached(patcher)
     together = [(adapter, weight) for adapter, weight in (*before, *parts) if weight != 0.0]
     clone = patcher.clone()
     if len(together) == len(before):
+        report.bypassed += len(bypass.installed(clone))
+        report.changed += len(bypass.installed(clone))
         report.changed += sum(_is_soda(entry) for entries in clone.patches.values() for entry in entries)
         return clone
     clone.set_attachments(ATTACHMENT, tuple(together))
+    mode = (patcher.get_attachment(MODE) or mode) if mode == "auto" else mode
+    clone.set_attachments(MODE, mode)
     fitting = [(adapter, matching(adapter, known).fitting, weight) for adapter, weight in together]
     wanted = {
         (name, term.decomposition)
@@ -112,17 +120,23 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report) -> M
         if layers
     ]
     mixed = mix(checked) if checked else Adapter({})
-    fold, basis = Fold.of(mixed, bases)
+    names = bypass.bypassed(patcher, list(mixed.layers), mode)
+    beside = {name: mixed.layers[name] for name in names}
+    bypass.install(clone, beside, dict(bases.each({(n, t.decomposition) for n, ts in beside.items() for t in ts if
+                                                   (n, t.decomposition) in wanted})))  # fmt: skip
+    merged = replace(mixed, layers={name: terms for name, terms in mixed.layers.items() if name not in beside})
+    fold, basis = Fold.of(merged, bases)
     report.warnings += bases.warnings() if fold.keys else []
     patches = {}
-    for name, terms in mixed.layers.items():
+    for name, terms in merged.layers.items():
         key, rows = split_name(name)
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
         found = (basis.get((name, term.decomposition)) for term in terms)
         vectors = tuple((None, None) if b is None else (b.left, b.right) for b in found)
         patches[target] = SodaWeightAdapter({name}, (fold, name, vectors))
     _replace(clone, patches)
-    report.changed += len(patches)
+    report.changed += len(mixed.layers)
+    report.bypassed += len(beside)
     return clone
 
 

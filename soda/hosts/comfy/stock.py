@@ -9,6 +9,9 @@ the patches before it left it: it knows neither the model nor what came before. 
   SODA Loader;
 - else only the rotation applies, and the log says so once, with the remedy.
 
+Hooks (*Create Hook LoRA*, keyframes) do hand over the untouched weight: there all of the file applies to it whatever
+came before, and the difference that it makes is added.
+
 Alone on a model, or before its LoRAs, a file does the same here as in SODA Loader.
 """
 
@@ -32,7 +35,7 @@ from ...decomposition import Basis, Key, vector_dtype
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
 from ...fit import REFUSED_ERROR, rotation_only, spectrum_error
-from ...kronecker import expm_factors, rotate
+from ...kronecker import expm_factors, halves, rotate
 from ...precision import CPU
 from .base import CACHE, bounded_cache, matrix_shape
 
@@ -96,14 +99,23 @@ class StockAdapter(WeightAdapterBase):
         original_weight=None,
     ):  # fmt: skip
         """Write the adapted weight into `weight`, (out, in) or (out, in, 1, 1), any dtype, and return it; fp32
-        arithmetic. Raises SodaMixError if the file is for another shape."""
+        arithmetic. `original_weight` is {key: [(untouched weight, how to unpack it), patches ...]}, from hooks alone.
+        Raises SodaMixError if the file is for another shape."""
         matrix = weight.reshape(matrix_shape(weight.shape))
         adapted = matrix.to(torch.float32, copy=True)
+        untouched = matrix
+        if original_weight is not None:
+            stored, unpack = original_weight[key][0]
+            untouched = unpack(stored.to(weight.device), inplace=False).reshape(matrix.shape)
         for rows, layer in self.layers(weight.device, strength):
             place = slice(None) if rows is None else slice(*rows)
-            base = matrix[place].float()
+            base = untouched[place].float()
             layer, basis = self.weights[0].fitting(layer, base, key)
-            adapted[place] = adapt(base, [layer], basis)
+            new = adapt(base, [layer], basis)
+            if original_weight is None:
+                adapted[place] = new
+            else:
+                adapted[place] += new - base
         return weight.copy_(adapted.reshape(weight.shape))
 
     def bypass_forward(self, org_forward, x: Tensor, *args, **kwargs) -> Tensor:
@@ -114,17 +126,27 @@ class StockAdapter(WeightAdapterBase):
         """
         self.weights[0].tell("in bypass mode")
         result: Any = None
-        for rows, layer in self.layers(CPU, self.multiplier):
-            if layer.side == "output" or self.is_conv:
-                raise SodaMixError(f"bypass mode has no rotation of outputs and of convolutions; {REMEDY}")
-            # x R: R^T from the left is the rotation backwards
-            back = [factor.to(x) for factor in expm_factors([-log.double() for log in layer.logs], layer.sizes)]
+        for rows, back in self._back(x):
             out = org_forward(rotate(x.flatten(0, -2), back).reshape(x.shape), *args, **kwargs)
             if rows is None:
                 return out
             result = org_forward(x, *args, **kwargs) if result is None else result
             result[..., slice(*rows)] = out[..., slice(*rows)]
         return result
+
+    def _back(self, x: Tensor) -> list[tuple[Rows, list[Tensor]]]:
+        """The factors of R^T (x R is the rotation backwards) by rows, like x; made once, for core tells an adapter its
+        strength when it is put on."""
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != (x.device, x.dtype, self.multiplier):
+            found = []
+            for rows, layer in self.layers(CPU, self.multiplier):
+                if layer.side == "output" or self.is_conv:
+                    raise SodaMixError(f"bypass mode has no rotation of outputs and of convolutions; {REMEDY}")
+                factors = expm_factors([-log.double() for log in layer.logs], layer.sizes)
+                found.append((rows, [half.to(x) for half in halves(factors)]))
+            self._kept = kept = ((x.device, x.dtype, self.multiplier), found)
+        return kept[1]
 
 
 class _File:
@@ -205,8 +227,8 @@ def _basis(weight: Tensor, seen: str, decomposition: Decomposition) -> tuple[Key
 
 
 def _as_stored(weight: Tensor) -> Tensor:
-    """The 16 bit weight that core has cast to this one, if so: SODA Loader's bases go by the numbers as stored."""
-    for dtype in (torch.float16, torch.bfloat16):
+    """The narrow weight that core has cast to this one, if so: SODA Loader's bases go by the numbers as stored."""
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16):
         narrow = weight.to(dtype)
         if torch.equal(narrow.to(weight.dtype), weight):
             return narrow

@@ -25,7 +25,7 @@ from ...training.parameters import SodaParameters
 from ...training.plan import Plan, after
 from ...training.run import Diverged, TrainingRun
 from ...training.settings import TrainingSettings
-from .base import BaseWeights
+from .base import TrainableWeights
 from .batches import Batches
 from .beside import take_off
 from .chosen import chosen_weights, resolve
@@ -156,7 +156,7 @@ def _train(
     # Nodes run under inference mode, whose tensors know no gradients.
     with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
         dtype = computing_dtype(patcher)
-        weights = BaseWeights(patcher, keys)
+        weights = TrainableWeights(patcher, keys)
         parameters = SodaParameters(weights, decomposition, factors, dtype=dtype, plan=plan)
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
         batches = Batches(patcher, samples, settings, extras.empty, extras.prior)
