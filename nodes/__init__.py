@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..soda.hosts.comfy import folders, routes, stock
+from . import image_metadata
 from .loader import SodaLoader
 from .mix import SodaMix
 from .playground import SodaPlayground, SodaPlaygroundDrawings
@@ -28,6 +29,7 @@ class SodaExtension(ComfyExtension):
         folders.register()
         stock.register()
         routes.register()
+        image_metadata.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from comfy_api.latest import io
@@ -63,6 +63,17 @@ def filled_rows(row: dict) -> Iterator[dict]:
         yield row
         if number < ROWS:
             row = row[row_id(number + 1)]
+
+
+def row_prefixes(inputs: Mapping[str, object]) -> Iterator[str]:
+    """What the names of each filled row's inputs begin with in a prompt: "row.", "row.row2." ..."""
+    prefix = ""
+    for number in range(1, ROWS + 1):
+        name = prefix + row_id(number)
+        if inputs.get(name) != "adapter":
+            return
+        prefix = f"{name}."
+        yield prefix
 
 
 def parts(row: dict, sockets: dict) -> list[tuple[Adapter, float]]:
