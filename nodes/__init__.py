@@ -8,12 +8,14 @@ from .loader import SodaLoader
 from .mix import SodaMix
 from .playground import SodaPlayground, SodaPlaygroundDrawings
 from .save import SodaSave
+from .stack import SodaStack
 from .train import SodaTrain
 from .train_options import SodaTrainOptions
 
 NODES: list[type[io.ComfyNode]] = [
     SodaLoader,
     SodaMix,
+    SodaStack,
     SodaTrain,
     SodaTrainOptions,
     SodaSave,

@@ -11,8 +11,9 @@ from ..soda.adapter import Adapter
 from ..soda.errors import SodaMixError
 from ..soda.file import load
 from ..soda.hosts.comfy import folders, patch, status
+from ..soda.hosts.comfy.lora_stack import apply_loras, split
 from ..soda.mixing import mix
-from .sockets import CATEGORY, ROLES, SODA_ADAPTER, strength_input
+from .sockets import CATEGORY, LORA_STACK, ROLES, SODA_ADAPTER, strength_input
 
 ROWS = 8
 WIRED = "(wired)"  # in place of a file name
@@ -118,7 +119,13 @@ class SodaMix(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only needed for adapters that also change the text encoder.",
+                    tooltip="Needed for adapters that also change the text encoder, and for such LoRAs in the stack.",
+                ),
+                LORA_STACK.Input(
+                    "lora_stack",
+                    optional=True,
+                    tooltip="From SODA Stack or any pack's LoRA stack node. Its SODA files join the mix, its LoRAs are "
+                    "applied on top.",
                 ),
             ],
             outputs=[
@@ -135,12 +142,18 @@ class SodaMix(io.ComfyNode):
         return [name if name == WIRED else folders.fingerprint(name) for name in names]
 
     @classmethod
-    def execute(cls, model, row: dict, adapters: dict | None = None, clip=None) -> io.NodeOutput:
-        together = parts(row, adapters or {})
-        if not together:
+    def execute(cls, model, row: dict, adapters: dict | None = None, clip=None, lora_stack=None) -> io.NodeOutput:
+        picked = parts(row, adapters or {})
+        stacked, loras = split(lora_stack or ())
+        if not picked and lora_stack is None:
             raise SodaMixError("There is no adapter to mix: pick a file in the first row or wire an adapter.")
-        new_model, new_clip, report = patch.apply(model, together, clip)
-        mixed = mix(together, "mix")
+        together = picked + [(adapter, strength) for adapter, strength, _ in stacked]
+        clip_parts = picked + [(adapter, strength) for adapter, _, strength in stacked]
+        new_model, new_clip, report = patch.apply(model, together, clip, clip_parts)
+        new_model, new_clip = apply_loras(new_model, new_clip, loras)
+        if loras:
+            report.warnings.append(f"{len(loras)} LoRA{'s' * (len(loras) > 1)} of the stack on top")
+        mixed = mix(together, "mix") if together else Adapter({}, {}, "nothing")
         single, reason = mixed.is_single_form()
         if not single:
             report.warnings.append(f"This mix works but cannot be saved as one SODA file: {reason}")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES = {
     "SodaLoader": "SODA Loader",
     "SodaMix": "SODA Mix",
+    "SodaStack": "SODA Stack",
     "SodaTrain": "SODA Train",
     "SodaTrainOptions": "SODA Train Options",
     "SodaSave": "SODA Save",
