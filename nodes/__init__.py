@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..soda.hosts.comfy import folders, routes, stock
 from . import image_metadata
+from .convert import SodaConvert, SodaTransport
 from .loader import SodaLoader
 from .mix import SodaMix
 from .playground import SodaPlayground, SodaPlaygroundDrawings
@@ -19,6 +20,8 @@ NODES: list[type[io.ComfyNode]] = [
     SodaTrain,
     SodaTrainOptions,
     SodaSave,
+    SodaConvert,
+    SodaTransport,
     SodaPlayground,
     SodaPlaygroundDrawings,
 ]

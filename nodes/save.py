@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..soda.file import load, save
@@ -47,6 +46,5 @@ class SodaSave(io.ComfyNode):
     def execute(cls, adapter, filename_prefix: str, trigger_words: str, thumbnail=None) -> io.NodeOutput:
         path = folders.next_save_path(filename_prefix)
         save(saved_adapter(adapter, os.path.splitext(os.path.basename(path))[0], trigger_words, thumbnail), path)
-        shown = os.path.relpath(path, os.path.dirname(folder_paths.get_output_directory()))  # a node is narrow
-        status.show(f"Saved {shown}", cls.hidden.unique_id)
+        status.show(f"Saved {folders.shown(path)}", cls.hidden.unique_id)
         return io.NodeOutput(load(path), ui={"text": [path], "soda_adapters": [path]})

@@ -15,6 +15,8 @@ NODES = {
     "SodaTrain": "SODA Train",
     "SodaTrainOptions": "SODA Train Options",
     "SodaSave": "SODA Save",
+    "SodaConvert": "SODA Convert",
+    "SodaTransport": "SODA Transport",
     "SodaPlayground": "SODA Playground",
     "SodaPlaygroundDrawings": "SODA Playground Drawings",
 }

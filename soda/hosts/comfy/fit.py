@@ -107,6 +107,7 @@ def check_spectrum(
         report.warnings.append(f"{about}: its spectrum is off by about {error:.0%} here.")
         return layers
     report.warnings.append(
-        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied."
+        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied. With that "
+        "model at hand, SODA Convert makes a LoRA or full difference of it, and SODA Transport fits it to this model."
     )
     return rotation_only(layers)
