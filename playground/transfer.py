@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,6 @@ RUNS = {  # the settings of what ships
     "subject": Run(next(iter(SUBJECTS)), "lq", 0.015, 200),
     "style": Run(HELD_OUT_STYLES[0], "lq", 0.04, 300),
 }
-LORA_RATES = (1e-3, 4e-3)
 LOOK = "gilded"  # of everything that B draws
 
 
@@ -126,22 +125,18 @@ def spectrum_error(adapter: Adapter, there: Adapter, a: Weights, b: Weights) -> 
     return (lost / whole) ** 0.5
 
 
-def compare(benches: dict[str, Bench], run: Run, rank: int) -> list[dict]:
-    """Every method on A and on B for one concept."""
-    a, b = benches["A"], benches["B"]
-    judges = {name: Judge(bench, run) for name, bench in benches.items()}
-    rows: list[dict] = []
+def compare(a: Bench, b: Bench, run: Run, rank: int, rates: Sequence[float], told: Callable[[dict], None]) -> None:
+    """Every method on A and on B for one concept; `told` gets each row."""
+    judges = {"A": Judge(a, run), "B": Judge(b, run)}
+    benches = {"A": a, "B": b}
 
     def judged(method: str, base: str, weights: Weights, sampled: bool = True, **more: object) -> None:
-        rows.append({"concept": run.concept, "method": method, "base": base} | more | judges[base](weights, sampled))
-        print(json.dumps(rounded(rows[-1])), flush=True)  # noqa: T201
+        told({"concept": run.concept, "method": method, "base": base} | more | judges[base](weights, sampled))
 
-    for name, bench in benches.items():
-        judged("base", name, bench.base)
     lq = renamed(load_file(FILES / f"soda_{run.kind}.safetensors"))
-    judged("lq", "A", a.applied(lq))
-    judged("lq", "B", b.applied(lq))
-    tried = {rate: train_lora(a, run, rank, rate) for rate in LORA_RATES}
+    for name, bench in benches.items():
+        judged("lq", name, bench.applied(lq))
+    tried = {rate: train_lora(a, run, rank, rate) for rate in rates}
     best = max(tried, key=lambda rate: -a.held_out(added(a.base, tried[rate]), **judges["A"].concept).mean())
     for name, bench in benches.items():
         judged(f"LoRA r{rank}", name, added(bench.base, tried[best]), rate=best)
@@ -150,7 +145,8 @@ def compare(benches: dict[str, Bench], run: Run, rank: int) -> list[dict]:
         _, svd = a.train(Run(run.concept, "svd", run.rate, run.steps))
         judged("svd", "A", a.applied(svd), sampled=False)
         ways_out(a, b, svd, "svd", judged)
-    return rows
+    for name, bench in benches.items():
+        judged("base", name, bench.base)
 
 
 def ways_out(a: Bench, b: Bench, adapter: Adapter, kind: str, judged: Callable[..., None]) -> None:
@@ -176,6 +172,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="of the fine-tune")
     parser.add_argument("--rate", type=float, default=2e-4, help="of the fine-tune")
     parser.add_argument("--rank", type=int, default=4, help="of the LoRAs")
+    parser.add_argument("--lora-rates", type=float, nargs="+", default=[1e-3, 4e-3], help="the best on A is taken")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--kinds", nargs="+", choices=RUNS, default=list(RUNS))
     options = parser.parse_args()
@@ -192,11 +189,17 @@ def main() -> None:
     b.bases = {key: {} for key in a.base}
     moved = sum(float((tuned[key] - w).square().sum()) for key, w in a.base.items())
     whole = sum(float(w.square().sum()) for w in a.base.values())
-    rows = [{"distance": (moved / whole) ** 0.5, "options": {k: str(v) for k, v in vars(options).items()}}]
-    print(json.dumps(rows[0]), flush=True)  # noqa: T201
-    for kind in options.kinds:
-        rows += compare({"A": a, "B": b}, RUNS[kind], options.rank)
-    (options.out / "transfer.jsonl").write_text("".join(json.dumps(rounded(row)) + "\n" for row in rows))
+    with (options.out / "transfer.jsonl").open("w") as file:
+
+        def told(row: dict) -> None:
+            line = json.dumps(rounded(row))
+            print(line, flush=True)  # noqa: T201
+            file.write(line + "\n")
+            file.flush()
+
+        told({"distance": (moved / whole) ** 0.5} | {k: v for k, v in vars(options).items() if k != "out"})
+        for kind in options.kinds:
+            compare(a, b, RUNS[kind], options.rank, options.lora_rates, told)
 
 
 if __name__ == "__main__":
