@@ -60,7 +60,7 @@ def adapters_of(prompt: Prompt) -> list[dict[str, Any]]:
             continue
         used: list[Used] = []
         if kind in ("SodaLoader", "SodaStack"):
-            used = [(inputs.get("adapter_name", ""), inputs.get("strength", 1.0), "")]
+            used = [(str(inputs.get("adapter_name")), inputs.get("strength", 1.0), "")]
         elif kind == "SodaMix":
             used = list(_mixed(prompt, inputs))
         elif kind in STOCK:
