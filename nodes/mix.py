@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from comfy_api.latest import io
@@ -10,8 +10,9 @@ from comfy_api.latest import io
 from ..soda.adapter import Adapter
 from ..soda.errors import SodaMixError
 from ..soda.hosts.comfy import folders, patch, status
+from ..soda.hosts.comfy.lora_stack import apply_loras, split
 from ..soda.mixing import mix
-from .sockets import CATEGORY, ROLES, SODA_ADAPTER, mode_input, strength_input
+from .sockets import CATEGORY, LORA_STACK, ROLES, SODA_ADAPTER, mode_input, strength_input
 
 ROWS = 8
 WIRED = "(wired)"  # in place of a file name
@@ -64,6 +65,17 @@ def filled_rows(row: dict) -> Iterator[dict]:
             row = row[row_id(number + 1)]
 
 
+def row_prefixes(inputs: Mapping[str, object]) -> Iterator[str]:
+    """What the names of each filled row's inputs begin with in a prompt: "row.", "row.row2." ..."""
+    prefix = ""
+    for number in range(1, ROWS + 1):
+        name = prefix + row_id(number)
+        if inputs.get(name) != "adapter":
+            return
+        prefix = f"{name}."
+        yield prefix
+
+
 def parts(row: dict, sockets: dict) -> list[tuple[Adapter, float]]:
     """(adapter, weight) of all rows, then of connected sockets that no row weighs, with weight 1."""
     wired = [sockets[name] for name in sorted(sockets, key=lambda name: int(name.removeprefix("adapter")))]
@@ -106,7 +118,13 @@ class SodaMix(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="Only needed for adapters that also change the text encoder.",
+                    tooltip="Needed for adapters that also change the text encoder, and for such LoRAs in the stack.",
+                ),
+                LORA_STACK.Input(
+                    "lora_stack",
+                    optional=True,
+                    tooltip="From SODA Stack or any pack's LoRA stack node. Its SODA files join the mix, its LoRAs are "
+                    "applied on top.",
                 ),
                 mode_input(),
             ],
@@ -124,12 +142,20 @@ class SodaMix(io.ComfyNode):
         return [name if name == WIRED else folders.fingerprint(name) for name in names]
 
     @classmethod
-    def execute(cls, model, row: dict, adapters: dict | None = None, clip=None, mode: str = "auto") -> io.NodeOutput:
-        together = parts(row, adapters or {})
-        if not together:
+    def execute(
+        cls, model, row: dict, adapters: dict | None = None, clip=None, lora_stack=None, mode: str = "auto"
+    ) -> io.NodeOutput:
+        picked = parts(row, adapters or {})
+        stacked, loras = split(lora_stack or ())
+        if not picked and lora_stack is None:
             raise SodaMixError("There is no adapter to mix: pick a file in the first row or wire an adapter.")
-        new_model, new_clip, report = patch.apply(model, together, clip, mode=mode)
-        mixed = mix(together, "mix")
+        together = picked + [(adapter, strength) for adapter, strength, _ in stacked]
+        clip_parts = picked + [(adapter, strength) for adapter, _, strength in stacked]
+        new_model, new_clip, report = patch.apply(model, together, clip, clip_parts, mode)
+        new_model, new_clip = apply_loras(new_model, new_clip, loras)
+        if loras:
+            report.warnings.append(f"{len(loras)} LoRA{'s' * (len(loras) > 1)} of the stack on top")
+        mixed = mix(together, "mix") if together else Adapter({}, {}, "nothing")
         single, reason = mixed.is_single_form()
         if not single:
             report.warnings.append(f"This mix works but cannot be saved as one SODA file: {reason}")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy_api.latest import io
 
-from ..soda.file import load, save
+from ..soda.file import load
 from ..soda.hosts.comfy import folders, status
-from ..soda.hosts.comfy.describe import saved_adapter
+from ..soda.hosts.comfy.describe import save_described
 from .sockets import CATEGORY, SODA_ADAPTER
 
 
@@ -35,7 +32,11 @@ class SodaSave(io.ComfyNode):
                     default="",
                     tooltip="Words that call the adapter's subject or style in a prompt, for those who use the file.",
                 ),
-                io.Image.Input("thumbnail", optional=True, tooltip="A picture to show for the file in model managers."),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A picture to show for the file in model managers; if none, the training's last sample.",
+                ),
             ],
             outputs=[
                 SODA_ADAPTER.Output(display_name="adapter", tooltip="The same adapter as read back from the file."),
@@ -46,7 +47,6 @@ class SodaSave(io.ComfyNode):
     @classmethod
     def execute(cls, adapter, filename_prefix: str, trigger_words: str, thumbnail=None) -> io.NodeOutput:
         path = folders.next_save_path(filename_prefix)
-        save(saved_adapter(adapter, os.path.splitext(os.path.basename(path))[0], trigger_words, thumbnail), path)
-        shown = os.path.relpath(path, os.path.dirname(folder_paths.get_output_directory()))  # a node is narrow
-        status.show(f"Saved {shown}", cls.hidden.unique_id)
+        save_described(adapter, path, trigger_words, thumbnail)
+        status.show(f"Saved {folders.shown(path)}", cls.hidden.unique_id)
         return io.NodeOutput(load(path), ui={"text": [path], "soda_adapters": [path]})

@@ -7,6 +7,7 @@ from ..soda.hosts.comfy.patch import MODES
 
 CATEGORY = "SODA"
 SODA_ADAPTER = io.Custom("SODA_ADAPTER")
+LORA_STACK = io.Custom("LORA_STACK")  # of Efficiency Nodes, Comfyroll, LoRA Manager ...
 SODA_TRAIN_OPTIONS = io.Custom("SODA_TRAIN_OPTIONS")
 ROLES = list(metadata.ROLES)
 

@@ -63,8 +63,9 @@ class Run:
 class Bench:
     """The model on a device, and the measures."""
 
-    def __init__(self, device: str, steps: int = 20):
+    def __init__(self, device: str, steps: int = 20, samples: int = SAMPLES):
         self.steps = steps  # of sampling; below 20 in bf16 as well, for CPUs
+        self.count = samples  # to judge by
         self.device = torch.device(device)
         self.model: Playground = load().to(self.device)
         self.reader = load_reader().to(self.device)
@@ -147,7 +148,7 @@ class Bench:
 
     def judge(self, weights: Mapping[str, Tensor], subject: str = "", style: str = "") -> dict[str, float]:
         """Recognition and kept attributes on 100 unseen prompts; with no concept, on ordinary ones."""
-        scenes, captions = concept_scenes(SAMPLES, 777, subject, style)
+        scenes, captions = concept_scenes(self.count, 777, subject, style)
         readings = read(self.reader, self.samples(weights, captions, 5))
         right = {key: (readings[key].cpu() == scenes[key]).float().mean().item()
                  for key in ("shape", "colour", "background", "position")}  # fmt: skip

@@ -75,7 +75,7 @@ def evaluate_pair(bench: Bench, subject: Run, style: Run, out: Path) -> dict:
 
 def judge_files(bench: Bench, subject_file: Path, style_file: Path) -> dict[str, dict[str, float]]:
     """What two adapter files show, by the rows of the demo's contact sheet; each alone on its own concept's prompts."""
-    subject, style = (_renamed(load_file(path)) for path in (subject_file, style_file))
+    subject, style = (renamed(load_file(path)) for path in (subject_file, style_file))
     names = {"subject": next(iter(SUBJECTS)), "style": HELD_OUT_STYLES[0]}
     rows = {"base": bench.judge({}, **names)}
     for kind, adapter in (("subject", subject), ("style", style)):
@@ -86,7 +86,7 @@ def judge_files(bench: Bench, subject_file: Path, style_file: Path) -> dict[str,
     return rows | {f"{name} of both": bench.judge(weights, **names) for name, weights in both.items()}
 
 
-def _renamed(adapter: Adapter) -> Adapter:
+def renamed(adapter: Adapter) -> Adapter:
     """From ComfyUI's layer names to the bench's."""
     layers = {f"unet.{name.removeprefix(PREFIX)}.weight": terms for name, terms in adapter.layers.items()}
     return Adapter(layers, adapter.metadata, adapter.name)
@@ -118,13 +118,13 @@ def run_all(tasks: list[tuple[Callable[..., dict], tuple]], jobs: int, out: Path
             row = rows.get()
             if isinstance(row, str):
                 raise RuntimeError(row)
-            file.write(json.dumps(_rounded(row)) + "\n")
+            file.write(json.dumps(rounded(row)) + "\n")
             file.flush()
 
 
-def _rounded(value: object) -> object:
+def rounded(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     return round(value, 5) if isinstance(value, float) else value
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if options.files:
         bench = Bench("cuda") if torch.cuda.is_available() else Bench("cpu", steps=10)
-        rows = _rounded(judge_files(bench, *options.files))
+        rows = rounded(judge_files(bench, *options.files))
         (out / "demo_figures.json").write_text(json.dumps(rows, indent=1) + "\n")
         return
     runs = [Run(concept, method, rate) for method in options.methods for concept in options.concepts

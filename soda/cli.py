@@ -24,6 +24,7 @@ from .metadata import label
 from .mixing import OPERATORS, mix
 from .plot import draw
 from .summary import as_json, summarise
+from .transport import transport
 
 MESSAGE_LIMIT = 1000
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         "--to", choices=TARGETS, default="soda", help="soda (default): an adapter, from .pt or in ComfyUI's names; "
         "diffusers: the same in diffusers' names; diff: the full change of the weights; lora: its nearest LoRA"
     )  # fmt: skip
-    change.add_argument("--base", metavar="FILE", help="the base model's .safetensors; for .pt, diff and lora")
+    change.add_argument("--base", metavar="FILE", help="the base model's .safetensors; for .pt, diff, lora, --onto")
+    change.add_argument("--onto", metavar="FILE", help="fit the adapter, trained on --base, to this base instead")
     change.add_argument("--rank", type=int, default=64, help="of the LoRA; default: 64")
     change.add_argument("--decomposition", choices=("svd", "lq"), default="svd", help="of a .pt table; default: svd")
     change.add_argument("--dtype", choices=DTYPES, help="default: fp16 for diff and lora, else fp32")
@@ -158,13 +160,15 @@ def _part(text: str) -> tuple[str, float]:
 
 def _convert(options: argparse.Namespace) -> int:
     source, output = options.file, options.output
-    for given in (source, options.base):
+    for given in (source, options.base, options.onto):
         if given and Path(given).exists() and Path(output).exists() and os.path.samefile(given, output):
             raise SodaFileError(f"{output}: the result would replace what it is made from; give another --output")
     base = BaseWeights(options.base) if options.base else None
     official = Path(source).suffix.lower() in (".pt", ".pth", ".bin")
-    if base is None and (official or options.to in ("diff", "lora")):
+    if base is None and (official or options.onto or options.to in ("diff", "lora")):
         raise SodaError(f"{source}: this conversion needs the base weights; give them with --base")
+    if options.onto and options.to != "soda":
+        raise SodaError(f"{source}: --onto makes an adapter for another base; leave out --to {options.to}")
     if official and base is not None:
         adapter = read_official(source, base, options.decomposition, options.device, _progress())
     else:
@@ -177,8 +181,15 @@ def _convert(options: argparse.Namespace) -> int:
 def _to_soda(adapter: Adapter, base: BaseWeights | None, options: argparse.Namespace) -> dict[str, Any]:
     if all(name.startswith(("unet.", "text_encoder", "down_", "mid_", "up_")) for name in adapter.layers):
         adapter = renamed(adapter, to_comfy)
+    about: dict[str, Any] = {"layers": len(adapter.layers)}
+    if options.onto and base is not None:
+        target = BaseWeights(options.onto)
+        adapter, kept = transport(adapter, base, target, target.path.stem, options.device, _progress())
+        about["spectrum_kept"] = round(kept, 4)
+        if not options.json:
+            print(f"{kept:7.1%}  of the spectrum's change has a place in {target.path.name}")
     save(adapter, options.output, DTYPES[options.dtype or "fp32"])
-    return {"layers": len(adapter.layers)}
+    return about
 
 
 def _to_diffusers(adapter: Adapter, base: BaseWeights | None, options: argparse.Namespace) -> dict[str, Any]:

@@ -75,6 +75,15 @@ def load(path: str | os.PathLike) -> Adapter:
     return Adapter(layers, metadata, path.stem)
 
 
+def is_adapter(path: str | os.PathLike) -> bool:
+    """Whether the file is a SODA adapter by the names of its tensors, without reading them."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return NAME.fullmatch(next(iter(file.keys()), "")) is not None
+    except (SafetensorError, OSError):
+        return False
+
+
 def validate(path: str | os.PathLike) -> tuple[bool, str]:
     """(True, "") if `load` accepts the file, else (False, what it says)."""
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .adapter import Adapter, Layer
 from .kronecker import skew
+from .metadata import PICTURES
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def as_json(adapter: Adapter) -> dict[str, object]:
         "numbers": sum(t.numel() for terms in adapter.layers.values() for term in terms for t in _stored(term)),
         "decompositions": sorted({layer.decomposition for layer in layers}),
         "content_hash": adapter.content_hash,
-        "metadata": {key: value for key, value in sorted(adapter.metadata.items()) if key != "modelspec.thumbnail"},
+        "metadata": {key: value for key, value in sorted(adapter.metadata.items()) if key not in PICTURES},
         "by_layer": [asdict(layer) for layer in layers],
     }
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -32,6 +33,23 @@ OPEN_CLIP = re.compile(
 )
 CLIP_G = "clip_g.transformer.text_model.encoder.layers.{}.self_attn.{}_proj"
 ATTENTION = re.compile(r"diffusion_model\..+\.attn[12]\.to_(?:q|k|v|out\.0)")
+
+
+class Weights(Protocol):
+    """Matrices `(out, in)` by layer name, from wherever a base comes; `path` is what messages call it."""
+
+    path: Path
+
+    def __getitem__(self, layer: str) -> Tensor: ...
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(out, in), without reading the weight."""
+
+    def stored_shape(self, layer: str) -> tuple[int, ...]:
+        """As the model stores it: of a 1 x 1 convolution (out, in, 1, 1)."""
+
+    def attention(self) -> list[str]:
+        """The attention projections of a Stable Diffusion UNet, which tell its family."""
 
 
 class BaseWeights(Mapping[str, Tensor]):
@@ -75,6 +93,10 @@ class BaseWeights(Mapping[str, Tensor]):
         """(out, in), without reading the weight."""
         key, first, last = self._place(layer)
         return last - first, self._file.get_slice(key).get_shape()[1]
+
+    def stored_shape(self, layer: str) -> tuple[int, ...]:
+        """Matrices are all that is read here."""
+        return self.shape(layer)
 
     def __getitem__(self, layer: str) -> Tensor:
         key, first, last = self._place(layer)

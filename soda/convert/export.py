@@ -26,12 +26,12 @@ from ..decomposition import Basis, decompose, spectral_change
 from ..errors import SodaFileError
 from ..fingerprint import relative_error, sketch
 from ..fit import REFUSED_ERROR, misfit
-from .base import BaseWeights, Progress
+from .base import Progress, Weights
 from .names import architecture, kohya
 
 
 def save_difference(
-    adapter: Adapter, base: BaseWeights, path: str | os.PathLike, dtype: torch.dtype = torch.float16,
+    adapter: Adapter, base: Weights, path: str | os.PathLike, dtype: torch.dtype = torch.float16,
     device: str = "cpu", progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the full change of every weight. Returns what the file's metadata say of it. `progress` is called with
@@ -41,14 +41,17 @@ def save_difference(
     """
     changes = Changes(adapter, base, device, progress)
     family = architecture(base.attention())
-    tensors = {f"{kohya(name, family)}.diff": change.to(dtype).cpu() for name, change in changes}
+    tensors = {
+        f"{kohya(name, family)}.diff": change.to(dtype).cpu().reshape(base.stored_shape(name))
+        for name, change in changes
+    }
     about: dict[str, Any] = {"kind": "difference"} | changes.about()
     _write(Path(path), tensors, adapter, about, {})
     return about
 
 
 def save_lora(
-    adapter: Adapter, base: BaseWeights, path: str | os.PathLike, rank: int, dtype: torch.dtype = torch.float16,
+    adapter: Adapter, base: Weights, path: str | os.PathLike, rank: int, dtype: torch.dtype = torch.float16,
     device: str = "cpu", progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the LoRA of this rank that is nearest to the adapter. Returns what the file's metadata say of it, with
@@ -98,7 +101,7 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
 class Changes:
     """dW fp32 `(out, in)` by the path of each adapted weight; the rows of a fused weight come together as one."""
 
-    def __init__(self, adapter: Adapter, base: BaseWeights, device: str, progress: Progress | None = None):
+    def __init__(self, adapter: Adapter, base: Weights, device: str, progress: Progress | None = None):
         self.adapter, self.base, self.device, self.progress = adapter, base, device, progress
         self._sketches: list[tuple[Tensor, Tensor]] = []
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from ..metadata import PICTURES
 from .blocks import Weight
 from .terms import Part
 
-OF_ONE = ("soda.training", "modelspec.thumbnail", "modelspec.title")  # not the mix's, even where they agree
+OF_ONE = ("soda.training", "modelspec.title", *PICTURES)  # not the mix's, even where they agree
 
 
 def describe(parts: Sequence[Part], operator: str, settings: Mapping[str, float]) -> dict[str, str]:

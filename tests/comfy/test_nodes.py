@@ -73,7 +73,8 @@ def test_saved_metadata_is_what_other_tools_read(output):
     one = adapter(small_model())
     picture = torch.rand(1, 300, 500, 3)
     run(SodaSave, adapter=one, filename_prefix="a/b", trigger_words="sks, creature", thumbnail=picture)
-    (path,) = (output / "loras" / "soda" / "a").iterdir()
+    path, beside = sorted((output / "loras" / "soda" / "a").iterdir(), key=lambda found: found.suffix, reverse=True)
+    assert beside.name == "b_00001_.jpg"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert path.name == "b_00001_.safetensors" and metadata["modelspec.title"] == "b_00001_"

@@ -130,6 +130,19 @@ def test_convert_to_diffusers_and_back(folder, capsys):
     assert Path("back.safetensors").read_bytes() == Path("a.safetensors").read_bytes()
 
 
+def test_convert_onto_another_base(folder, capsys):
+    near = {name: w + 0.1 * torch.randn(w.shape) for name, w in base_weights().items()}
+    save_base(folder / "near.safetensors", near)
+    command = ["convert", "a.safetensors", "--base", "base.safetensors", "--onto", "near.safetensors"]
+    assert main([*command, "-o", "moved.safetensors", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 0.3 < told["spectrum_kept"] < 1 and told["layers"] == len(near)
+    moved = load("moved.safetensors")
+    assert moved.metadata["soda.base_model"] == "near" and set(moved.layers) == set(load("a.safetensors").layers)
+    assert main([*command, "-o", "moved.safetensors"]) == 0
+    assert "of the spectrum's change has a place in near.safetensors" in capsys.readouterr().out
+
+
 def test_convert_to_what_loaders_read(folder, capsys):
     base = ("--base", "base.safetensors")
     answer(capsys, "convert", "a.safetensors", "--to", "diff", *base, "-o", "diff.safetensors")
@@ -156,6 +169,8 @@ def test_convert_to_what_loaders_read(folder, capsys):
         ("convert a.safetensors --to diff --base missing.safetensors -o x.safetensors", "missing.safetensors"),
         ("convert a.safetensors --to diff --base base.safetensors -o base.safetensors", "would replace"),
         ("convert a.safetensors -o a.safetensors", "would replace"),
+        ("convert a.safetensors --onto base.safetensors -o x.safetensors", "--base"),
+        ("convert a.safetensors --to lora --base base.safetensors --onto x -o x.safetensors", "--to lora"),
         ("convert official.pt --base a.safetensors -o x.safetensors", "official.pt"),
         ("convert bad.safetensors -o bad/x.safetensors", "bad.safetensors"),
         ("convert a.safetensors -o bad.safetensors/x.safetensors", "cannot be written"),

@@ -79,7 +79,7 @@ class Playground:
             row = f"{prefix}row{number if number > 1 else ''}"
             inputs |= {row: "adapter", f"{row}.adapter_name": name, f"{row}.weight": weight, f"{row}.role": "auto"}
             prefix = f"{row}."
-        inputs[f"{prefix}row{len(parts) + 1}"] = "none"
+        inputs[f"{prefix}{'row' if not parts else f'row{len(parts) + 1}'}"] = "none"
         return self.prompt.add("SodaMix", model=model or self.model, **inputs)
 
 

@@ -88,6 +88,20 @@ def test_a_mix_of_one_is_that_adapter(client, subject):
     assert torch.equal(alone, mixed)
 
 
+def test_a_stack_is_the_same_as_the_rows(client, subject, style):
+    def stacked(playground):
+        first = playground.prompt.add("SodaStack", adapter_name=subject, strength=0.8, strength_clip=1.0)
+        both = playground.prompt.add(
+            "SodaStack", adapter_name=style, strength=-0.3, strength_clip=1.0, lora_stack=(first, 0)
+        )
+        mix = playground.mix([])
+        playground.prompt[mix]["inputs"]["lora_stack"] = [both, 0]
+        return (mix, 0)
+
+    expected, _, _ = run(client, lambda playground: (playground.mix([(subject, 0.8), (style, -0.3)]), 0))
+    assert torch.equal(run(client, stacked)[0], expected)
+
+
 def test_the_node_says_how_many_layers_it_changed(client, subject):
     _, result, prompt = run(client, loaded(subject, 0.9))
     (node,) = [name for name, entry in prompt.items() if entry["class_type"] == "SodaLoader"]

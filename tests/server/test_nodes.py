@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES = {
     "SodaLoader": "SODA Loader",
     "SodaMix": "SODA Mix",
+    "SodaStack": "SODA Stack",
     "SodaTrain": "SODA Train",
     "SodaTrainOptions": "SODA Train Options",
     "SodaSave": "SODA Save",
+    "SodaConvert": "SODA Convert",
+    "SodaTransport": "SODA Transport",
     "SodaPlayground": "SODA Playground",
     "SodaPlaygroundDrawings": "SODA Playground Drawings",
 }

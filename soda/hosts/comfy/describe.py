@@ -9,10 +9,13 @@ from pathlib import Path
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from PIL import Image
 
 from ...adapter import Adapter, Decomposition
+from ...atomic import replace_file
+from ...file import save
 from ...fingerprint import joint_hash
-from ...metadata import describe, label
+from ...metadata import describe, label, thumbnail_of, with_thumbnail
 from ...training.settings import TrainingSettings
 from .dataset import Sample
 from .preview import image_of
@@ -24,9 +27,10 @@ ARCHITECTURES = {
     "SDXL": "stable-diffusion-xl-v1-base",
     "SDXLRefiner": "stable-diffusion-xl-v1-refiner",
     "SSD1B": "stable-diffusion-xl-v1-base",
+    "Flux": "flux-1-dev",
     "PlaygroundModel": "soda-playground",
 }
-THUMBNAIL_SIDE = 256
+THUMBNAIL_SIDE, PREVIEW_SIDE = 256, 512  # in the file, beside it
 
 
 def architecture(patcher: ModelPatcher) -> str:
@@ -47,10 +51,10 @@ def base_name(patcher: ModelPatcher) -> str:
     return type(patcher.model.model_config).__name__
 
 
-def thumbnail_jpeg(image: torch.Tensor) -> bytes:
-    """The first picture of an IMAGE tensor as a JPEG of at most 256 px a side."""
-    picture = image_of(image[..., :3])
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+def jpeg(picture: Image.Image, side: int = THUMBNAIL_SIDE) -> bytes:
+    """A picture as a JPEG of at most `side` px a side."""
+    picture = picture.copy()
+    picture.thumbnail((side, side))
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=85)
     return out.getvalue()
@@ -58,9 +62,10 @@ def thumbnail_jpeg(image: torch.Tensor) -> bytes:
 
 def training_metadata(
     patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, targets: str, hashes: Mapping[str, str],
+    factors: int, role: str, targets: str, hashes: Mapping[str, str], sample: Image.Image | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Metadata of a freshly trained adapter; `hashes` are those of the base weights it was trained on, by layer."""
+    """Metadata of a freshly trained adapter; `hashes` are those of the base weights it was trained on, by layer. A
+    sample of it becomes its thumbnail."""
     training = {
         **asdict(settings),
         "decomposition": decomposition,
@@ -69,7 +74,7 @@ def training_metadata(
         "images": len(samples),
         "latent_sizes": sorted({"x".join(map(str, s.latent.shape[2:])) for s in samples}),
     }
-    return describe(
+    described = describe(
         title="untitled",
         role=role,
         architecture=architecture(patcher),
@@ -77,10 +82,18 @@ def training_metadata(
         base_hash=joint_hash(hashes),
         training=training,
     )
+    return described if sample is None else with_thumbnail(described, jpeg(sample))
 
 
-def saved_adapter(adapter: Adapter, title: str, trigger_words: str, thumbnail: torch.Tensor | None) -> Adapter:
-    """The adapter with what is known when it is saved added to its metadata."""
-    picture = None if thumbnail is None else thumbnail_jpeg(thumbnail)
-    metadata = label(adapter.metadata, title=title, trigger_words=trigger_words, thumbnail=picture)
-    return replace(adapter, metadata=metadata, name=title)
+def save_described(adapter: Adapter, path: str, trigger_words: str, thumbnail: torch.Tensor | None) -> None:
+    """Save the adapter with what is known now added to its metadata, and its picture beside it as `<name>.jpg`, where
+    LoRA Manager, rgthree and the webuis look for one. `thumbnail` is an IMAGE; None takes the picture it has."""
+    title = Path(path).stem
+    picture = None if thumbnail is None else image_of(thumbnail[..., :3])
+    metadata = label(
+        adapter.metadata, title=title, trigger_words=trigger_words, thumbnail=None if picture is None else jpeg(picture)
+    )
+    save(replace(adapter, metadata=metadata, name=title), path)
+    preview = thumbnail_of(metadata) if picture is None else jpeg(picture, PREVIEW_SIDE)
+    if preview is not None:
+        replace_file(Path(path).with_suffix(".jpg"), lambda file: file.write_bytes(preview))

@@ -147,7 +147,7 @@ def fit_to_apply(
         report.warnings.append(f"{about}: its spectrum is off by about {error:.0%} here.")
         return layers
     report.warnings.append(
-        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied. For all of it "
-        f"use {trained_on}, or bake it there: soda convert --to diff."
+        f"{about}: its spectrum would be off by about {error:.0%} here, so only its rotation is applied. With that "
+        "model at hand, SODA Convert makes a LoRA or full difference of it, and SODA Transport fits it to this model."
     )
     return rotation_only(layers)

@@ -17,7 +17,8 @@ from ...errors import SodaFileError
 FOLDER = "soda"
 SHIPPED = Path(__file__).resolve().parents[3] / "playground" / "adapters"
 FILES = 16  # adapters kept in memory, 5 MB each for SDXL
-SAVE_SUBFOLDER = os.path.join("loras", "soda")
+LORAS = "loras"
+SAVE_SUBFOLDER = os.path.join(LORAS, "soda")
 
 
 def register() -> None:
@@ -68,12 +69,13 @@ def fingerprint(name: str) -> str:
     return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
-def next_save_path(prefix: str) -> str:
-    """A path in output/loras/soda that does not exist: `<prefix>_00001_.safetensors`, counting up.
+def next_save_path(prefix: str, subfolder: str = SAVE_SUBFOLDER) -> str:
+    """A path in output/loras/soda, or another subfolder of the output folder, that does not exist:
+    `<prefix>_00001_.safetensors`, counting up.
 
     The prefix may hold subfolders and ComfyUI's %year%-like fields; leaving the folder is refused by ComfyUI.
     """
-    root = os.path.join(folder_paths.get_output_directory(), SAVE_SUBFOLDER)
+    root = os.path.join(folder_paths.get_output_directory(), subfolder)
     os.makedirs(root, exist_ok=True)
     folder, stem, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
     while True:
@@ -81,3 +83,8 @@ def next_save_path(prefix: str) -> str:
         if not os.path.exists(path):
             return path
         counter += 1
+
+
+def shown(path: str) -> str:
+    """A path in the output folder from that folder's name on, for a node is narrow."""
+    return os.path.relpath(path, os.path.dirname(folder_paths.get_output_directory()))

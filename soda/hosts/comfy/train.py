@@ -178,7 +178,8 @@ def _train(
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
         layers = difference(parameters.layers(), frozen, beside)
     hashes = layer_hashes(model, keys)
-    metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, hashes)
+    sample = progress.strip.samples[-1][1] if progress.strip.samples else None
+    metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, hashes, sample)
     return Adapter(layers, metadata, "trained adapter"), losses
 
 
