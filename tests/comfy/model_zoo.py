@@ -249,6 +249,9 @@ def build(name: str, device: torch.device = CPU, seed: int = 0) -> comfy.model_p
                 numbers = torch.randn(parameter.shape, generator=generator)
                 offset = 1.0 if parameter.ndim == 1 and "norm" in key and key.endswith(("weight", "scale")) else 0.0
                 parameter.data.copy_(numbers * (fan_in**-0.5 if parameter.ndim > 1 else 0.1) + offset)
+            for key, buffer in model.named_buffers():
+                if key.endswith("pos_embed"):  # SD 3's are bare memory until a checkpoint fills them
+                    buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
         model.requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 

@@ -158,7 +158,7 @@ def test_a_1x1_convolution_is_adapted_as_a_matrix():
     load(patched)
     after = weights(patched)[key]
     matrix = before.flatten(1)
-    expected = adapt(matrix, layer, {"lq": decompose(matrix, "lq")})
+    expected = adapt(matrix, layer, {"lq": decompose(matrix, "lq").kept()})
     assert after.shape == before.shape and torch.allclose(after.flatten(1), expected, atol=1e-6)
     assert report.changed == 1 and not torch.allclose(after, before, atol=1e-3)
 

@@ -309,4 +309,4 @@ def test_the_spectrum_of_a_16_bit_base_on_8_bits_is_told():
     _, _, report = apply(model, [(sketched(plain, "lq"), 1.0)])
     assert len(report.warnings) == 1 and "its spectrum is off by about" in report.warnings[0]
     _, _, report = apply(model, [(sketched(plain, "svd"), 1.0)])
-    assert len(report.warnings) == 1 and "only its rotation is applied. For all of it" in report.warnings[0]
+    assert len(report.warnings) == 1 and "only its rotation is applied. With that model" in report.warnings[0]

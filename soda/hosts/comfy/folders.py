@@ -49,8 +49,12 @@ def resolve(name: str) -> str:
 
 
 def load(name: str) -> Adapter:
-    """The adapter of a name that came from a prompt; a file is read once while it stays as it is."""
-    path = resolve(name)
+    """The adapter of a name that came from a prompt."""
+    return read(resolve(name))
+
+
+def read(path: str) -> Adapter:
+    """The adapter in a file, which is read once while it stays as it is."""
     status = os.stat(path)
     return _read(path, status.st_size, status.st_mtime_ns)
 

@@ -17,8 +17,8 @@ import folder_paths
 
 from ...adapter import Adapter
 from ...errors import SodaFileError, SodaMixError
-from ...file import is_adapter, load
-from .folders import resolve
+from ...file import is_adapter
+from .folders import read, resolve
 
 Entry = tuple[str, float, float]
 EMPTY = ("", "None", None)
@@ -47,7 +47,7 @@ def split(stack: Sequence[Any]) -> tuple[list[tuple[Adapter, float, float]], lis
                 "file in the node that makes the stack."
             )
         if is_adapter(path):
-            adapters.append((load(path), float(strength), float(strength_clip)))
+            adapters.append((read(path), float(strength), float(strength_clip)))
         else:
             loras.append((path, float(strength), float(strength_clip)))
     return adapters, loras
