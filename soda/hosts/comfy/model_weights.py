@@ -25,7 +25,7 @@ class ModelWeights(Mapping[str, torch.Tensor]):
     def __init__(self, patcher: ModelPatcher):
         self.patcher = patcher
         self.path = Path(base_name(patcher))
-        self._shapes = {key: tuple(weight.shape) for key, weight in patcher.model_state_dict().items()}
+        self._shapes = {key: tuple(weight.shape) for key, weight in patcher.model.named_parameters()}
 
     def stored_shape(self, layer: str) -> tuple[int, ...]:
         key, rows = split_name(layer)
