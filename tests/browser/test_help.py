@@ -1,5 +1,6 @@
 """The page's help panel shows the pack's own page for every node."""
 
+import re
 from pathlib import Path
 
 from comfy_page import build_graph
@@ -18,3 +19,8 @@ def test_help_panel_shows_every_node_s_page(page):
             page.get_by_test_id("info-button").click()
         page.get_by_role("heading", name=title.removeprefix("# "), exact=True).first.wait_for()
         page.get_by_text(first[:40]).first.wait_for()
+        for picture in re.findall(r"!\[.*?\]\((.+?)\)", (DOCS / f"{type_}.md").read_text(encoding="utf-8")):
+            page.wait_for_function(
+                "(name) => [...document.images].some((it) => it.src.endsWith(name) && it.naturalWidth > 300)",
+                arg=picture,
+            )
