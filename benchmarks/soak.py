@@ -3,7 +3,7 @@
 Runs `--count` prompts of tests/server/random_prompts.py; now and then models are unloaded, a prompt is interrupted,
 one is refused. Every `--compare`-th result is computed again by a second server that keeps no results of nodes and next
 to no bases, in another order, and compared bit for bit. Memory and open files of the first server are printed
-on the way. With `--trainings N` then a queue of N short trainings.
+on the way.
 
     COMFYUI_PATH=path/to/ComfyUI python benchmarks/soak.py [--count 1000] [--arguments=--cache-classic]
 """
@@ -100,33 +100,14 @@ def soak(count: int, compare: int, seed: int, arguments: list[str]) -> int:
     return unlike + len(complaints)
 
 
-def trainings(count: int) -> None:
-    with start("trainings") as running, Client(running) as client:
-        gauge = Gauge(running)
-        for number in range(count):
-            if number % max(1, count // LINES) == 0:
-                gauge.show(number)
-            prompt = Prompt()
-            playground = Playground(prompt)
-            latents, positive = playground.drawings()
-            trained = playground.train(positive, latents=latents, seed=number)
-            playground.save((trained, 0), "soak")
-            client.run(prompt)
-        gauge.show(count)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--compare", type=int, default=10, metavar="N", help="every how manieth result")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trainings", type=int, default=0)
     parser.add_argument("--arguments", nargs="*", default=[], help="more arguments of the first server")
     chosen = parser.parse_args()
-    failures = soak(chosen.count, chosen.compare, chosen.seed, chosen.arguments) if chosen.count else 0
-    if chosen.trainings:
-        trainings(chosen.trainings)
-    return int(failures > 0)
+    return int(soak(chosen.count, chosen.compare, chosen.seed, chosen.arguments) > 0)
 
 
 if __name__ == "__main__":
