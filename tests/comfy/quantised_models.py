@@ -15,6 +15,7 @@ RAW = (torch.float8_e4m3fn, torch.float8_e5m2)
 GGUF = "gguf"
 WIDTH = 64
 GROUP = 64  # the block formats ask for multiples of it
+ROTATED = ("convrot_w4a4", "asym_w4a8_int8")  # in groups of 256, if not told otherwise
 # As ComfyUI itself does where a device has no fast kernels for them, such as a CPU.
 EMULATED = {"nvfp4", "mxfp8", *(name for name in FORMATS if name.startswith("float8"))}
 
@@ -36,7 +37,7 @@ def quantised_model(form, seed: int = 0, plain=None):
         if key in wide:
             with torch.inference_mode():
                 stored.update(quantise(weight, form).state_dict(key))
-            options = {"convrot_groupsize": GROUP} if form == "convrot_w4a4" else {}
+            options = {"convrot_groupsize": GROUP} if form in ROTATED else {}
             conf = json.dumps({"format": form, **options}).encode()
             stored[key.removesuffix("weight") + "comfy_quant"] = torch.tensor(list(conf), dtype=torch.uint8)
         else:
@@ -45,7 +46,7 @@ def quantised_model(form, seed: int = 0, plain=None):
 
 
 def quantise(weight: torch.Tensor, form: str) -> QuantizedTensor:
-    options = {"convrot_groupsize": GROUP} if form == "convrot_w4a4" else {"scale": "recalculate"}
+    options = {"convrot_groupsize": GROUP} if form in ROTATED else {"scale": "recalculate"}
     return QuantizedTensor.from_float(weight, QUANT_ALGOS[form]["comfy_tensor_layout"], **options)
 
 

@@ -30,13 +30,15 @@ from soda_pack.soda.training.settings import TrainingSettings
 CLASSES = [kind.__name__ for kind in comfy.supported_models.models]
 TABLE = Path(__file__).with_name("projections.txt")
 NESTED = "samples pictures and sound (or a camera) at once, as a nested latent, which SODA Train does not take"
+VOXELS = "samples numbers at the points of a shape that an earlier model found, not a latent"
+ONE_SIZE = "comes in one size alone, of 2 billion numbers"
 DETECTOR = "finds or measures things in pictures: there is nothing to sample and nothing to train with noise"
 UNTRAINED = {
-    "LTXAV": NESTED, "MiniMaxH3": NESTED, "TripoSplat": NESTED,
+    "LTXAV": NESTED, "MiniMaxH3": NESTED, "TripoSplat": NESTED, "Trellis2": VOXELS, "MiniMaxMusic3": ONE_SIZE,
     "HiDreamO1": "keeps the prompt's keys and values from one step for the next, with the graph that made them",
     "RT_DETR_v4": DETECTOR, "SAM3": DETECTOR, "SAM31": DETECTOR, "DepthAnything3": DETECTOR,
 }  # fmt: skip
-SAMPLED = {*CLASSES} - {name for name, reason in UNTRAINED.items() if reason in (NESTED, DETECTOR)}
+SAMPLED = {*CLASSES} - {name for name, reason in UNTRAINED.items() if reason in (NESTED, VOXELS, ONE_SIZE, DETECTOR)}
 WIDE = ("Anima", "ACEStep")  # parts of 1024 wide at any size: without a decomposition they take seconds, not minutes
 
 
@@ -58,8 +60,10 @@ def found(name: str) -> str:
 
 
 def test_every_class_has_an_entry():
-    assert set(CLASSES) == set(model_zoo.SMALL)
-    assert [line.split()[0] for line in TABLE.read_text().splitlines()[1:]] == CLASSES
+    """Of the ComfyUI at hand; the table may know models of other versions too."""
+    assert set(CLASSES) <= set(model_zoo.SMALL)
+    listed = [line.split()[0] for line in TABLE.read_text().splitlines()[1:]]
+    assert set(listed) == set(model_zoo.SMALL) and [name for name in listed if name in CLASSES] == CLASSES
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -120,7 +124,9 @@ def test_train_save_load_patch_sample_unpatch(name, tmp_path):
     assert same(before, weights(model))
 
 
-@pytest.mark.parametrize("name", [name for name, reason in UNTRAINED.items() if reason is not DETECTOR])
+@pytest.mark.parametrize(
+    "name", [name for name in CLASSES if name in UNTRAINED and UNTRAINED[name] not in (DETECTOR, ONE_SIZE)]
+)
 def test_models_that_are_not_trained_are_patched(name):
     model = model_zoo.build(name)
     before = weights(model)

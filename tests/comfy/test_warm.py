@@ -18,6 +18,7 @@ from soda_pack.soda import basis_cache, rotation
 from soda_pack.soda.file import save
 from soda_pack.soda.hosts.comfy import base, fit, fold, folders
 from soda_pack.soda.hosts.comfy.base import CACHE
+from soda_pack.soda.hosts.comfy.fold import FOLDS, Ready
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from test_fit import sketched
@@ -242,3 +243,19 @@ def test_settings_that_cannot_be_read_are_the_defaults(settings, content):
     settings()
     (Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json").write_text(content)
     assert base.bounded_cache().memory == (0 if "-3" in content else basis_cache.MEMORY_BYTES)
+
+
+def test_models_of_strengths_tried_before_keep_nothing_ready():
+    """ComfyUI's cache holds them all; what was made for a device must not pile up there, and comes back when asked."""
+    model = small_model()
+    one = adapter(model)
+    tried = [apply(model, [(one, 0.1 * number)])[0] for number in range(1, 10)]
+    for patched in tried:
+        load(patched)
+    gc.collect()
+    assert sum(type(o) is Ready for o in gc.get_objects()) <= FOLDS * len(one.layers)
+    load(tried[0])
+    first = weights(tried[0])
+    load(model)
+    load(apply(model, [(one, 0.1)])[0])
+    assert same(first, weights(model))

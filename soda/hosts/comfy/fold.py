@@ -1,13 +1,14 @@
 """What the SODA patches of one model share: the mix that they apply, made ready for a strength and a device at once.
 
 A patch is asked for one weight at a time, under low VRAM in every forward. So what is small (the rotations' factors and
-the spectra) is made for all layers together when the first weight is met, and lies on the device from then on. What
-is large, the vectors of the bases, travels with each patch; or, where the user's settings leave no memory for it, is
-made from the weight at hand.
+the spectra) is made for all layers together when the first weight is met, and lies on the device while it is in use:
+ComfyUI's cache may hold the models of a hundred strengths that somebody tried. What is large, the vectors of the bases,
+travels with each patch; or, where the user's settings leave no memory for it, is made from the weight at hand.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
+FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
 Place = tuple[str, Decomposition]
 Vectors = tuple[Tensor | None, Tensor | None]  # left, right
 
@@ -64,7 +66,17 @@ class Fold:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
             self._ready[place] = _prepare(self.mix.layers, strength, device)
+        self._use()
         return self._ready[place][name]
+
+    def _use(self) -> None:
+        """Be the last one used, and let go of what is ready in the one that was not used for longest."""
+        if _used and _used[-1]() is self:
+            return
+        others = [fold for fold in (known() for known in _used) if fold is not None and fold is not self]
+        for fold in others[: -FOLDS + 1]:
+            fold._ready.clear()
+        _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
     def spectra(
         self, name: str, vectors: Sequence[Vectors], deltas: Sequence[Tensor | None], weight: Tensor
@@ -93,6 +105,9 @@ class Fold:
             self._made[place] = basis
         self._met.add(place)
         return basis
+
+
+_used: list[weakref.ref[Fold]] = []  # the one used last at the end
 
 
 def _has_spectrum(term: Layer) -> bool:

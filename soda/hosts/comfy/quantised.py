@@ -14,6 +14,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
+# By layout: kernels of 4 bit weights without a derivative. The second came after ComfyUI 0.30.
+WITHOUT_DERIVATIVE = {"TensorCoreConvRotW4A4Layout": "convrot_w4a4", "AsymW4A8Int8Layout": "asym_w4a8_int8"}
+
 
 def is_gguf(weight: Tensor) -> bool:
     return hasattr(weight, "tensor_type")
@@ -25,11 +28,11 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def untrainable(weight: Any) -> str | None:
-    """The name of a format that no training can run through: GGUF modules ask for no weight function, and the 4 bit
-    kernel has no derivative."""
+    """The name of a format that no training can run through: GGUF modules ask for no weight function, and some
+    kernels have no derivative."""
     if is_gguf(weight):
         return "GGUF"
-    return "convrot_w4a4" if getattr(weight, "_layout_cls", "") == "TensorCoreConvRotW4A4Layout" else None
+    return WITHOUT_DERIVATIVE.get(getattr(weight, "_layout_cls", ""))
 
 
 def dequantised_gguf(module: Any, weight: Any) -> Tensor:

@@ -194,7 +194,7 @@ class _File:
             host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
             error = spectrum_error([(host, basis, weight.to(CPU))])
             if error is not None and error > REFUSED_ERROR:
-                self.tell(f"where its spectrum would be off, by about {error:.0%} on {key}: behind another patch?")
+                self.tell(f"where its spectrum would be off by about {error:.0%} ({key}), likely behind another patch")
                 self.unfit.add(seen)
                 return rotation_only({"": (layer,)})[""][0], {}
         CACHE.put(cached, basis)
