@@ -68,7 +68,7 @@ def main() -> None:
     patcher, (latents, positive) = case.patcher(), case.data()
     samples, layers = dataset.collect([latents], [positive]), list(attention_weights(patcher))
     settings = TrainingSettings(steps=STEPS, learning_rate=1e-3, batch_size=arguments.batch)
-    budget = Memory.of(patcher, layers, samples, (), settings, arguments.decomposition)
+    budget = Memory.of({patcher: layers}, samples, (), settings, arguments.decomposition)
     numbers = sum(w.numel() for key, w in patcher.model.named_parameters() if key.removesuffix(".weight") in layers)
     size = patcher.model_size() / GIB
     print(f"{len(layers)} adapted weights of {numbers / 1e6:.0f} M numbers; a model of {size:.2f} GiB")

@@ -84,7 +84,8 @@ class SodaTrain(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="With vae and sample_prompt: for samples on the way. Also for caption dropout.",
+                    tooltip="With vae and sample_prompt: for samples on the way. Also for caption dropout, and to "
+                    "train the text encoder (text_encoder_rate in SODA Train Options). It is not changed.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes images; also decodes samples on the way."),
                 io.Image.Input("images", optional=True, tooltip="Images to encode with the vae when no latents come."),
@@ -115,6 +116,19 @@ class SodaTrain(io.ComfyNode):
                     tooltip="On: the same inputs give back the finished adapter at once, or go on from the last "
                     "checkpoint. Off: train from the first step.",
                 ),
+                io.String.Input(
+                    "texts",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The words of the captions, as they went into Make Training Dataset: one for each image in "
+                    "the same order, or a single one for all. Only to train the text encoder.",
+                ),
+                io.String.Input(
+                    "prior_texts",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The words of the prior captions. Only to train the text encoder beside prior pictures.",
+                ),
             ],
             outputs=[
                 SODA_ADAPTER.Output(display_name="adapter", tooltip="The trained adapter, for SODA Save or SODA Mix."),
@@ -129,12 +143,15 @@ class SodaTrain(io.ComfyNode):
     def execute(
         cls, model, positive, steps, learning_rate, batch_size, seed, decomposition, factors, role, targets,
         latents=None, clip=None, vae=None, images=None, sample_prompt=None, options=None, start_from=None,
-        prior_latents=None, prior_positive=None, reuse=None,
+        prior_latents=None, prior_positive=None, reuse=None, texts=None, prior_texts=None,
     ) -> io.NodeOutput:  # fmt: skip
         model, seed, role, targets = model[0], seed[0], role[0], targets[0]
         clip, vae, text, start_from = (v[0] if v else None for v in (clip, vae, sample_prompt, start_from))
         options = options[0] if options else TrainingOptions({})
         samples = dataset.collect(latents if latents is not None else dataset.encode(images, vae), positive)
+        speaking = options.settings.get("text_encoder_rate", 0.0) > 0
+        if speaking:
+            samples = dataset.with_texts(samples, texts, clip)
         if options.augment is not None:
             if latents is not None:
                 raise SodaTrainingError(
@@ -146,6 +163,9 @@ class SodaTrain(io.ComfyNode):
             raise SodaTrainingError(
                 "Prior pictures need captions: wire both prior_latents and prior_positive, or none."
             )
+        prior = dataset.collect(prior_latents, prior_positive) if prior_latents is not None else []
+        if prior and speaking:
+            prior = dataset.with_texts(prior, prior_texts, clip, "prior_texts")
         prompt = None
         if text:
             if clip is None or vae is None:
@@ -158,14 +178,17 @@ class SodaTrain(io.ComfyNode):
         if not rate:
             rate = LEARNING_RATES.get(targets, LEARNING_RATES["all attention"])
             progress.note(f"Trains {targets} at the learning rate {rate:g}.")
+        if texts and not speaking:
+            progress.note("The texts are not used: text_encoder_rate in SODA Train Options is 0.")
         settings = TrainingSettings(
             steps=steps[0], learning_rate=rate, batch_size=batch_size[0], seed=seed, **options.settings
         )
         extras = Extras(
             layers=options.layers,
             start_from=start_from,
-            prior=dataset.collect(prior_latents, prior_positive) if prior_latents is not None else (),
-            empty=dataset.empty_caption(clip) if settings.caption_dropout and clip is not None else None,
+            prior=prior,
+            empty=dataset.encoded(clip, "") if settings.caption_dropout and clip is not None else None,
+            clip=clip if speaking else None,
         )
         with progress:
             adapter, losses = train_or_reuse(

@@ -12,8 +12,10 @@ from ..soda.training.timesteps import Timesteps
 from .sockets import CATEGORY, SODA_TRAIN_OPTIONS
 
 
-def number(name: str, default: float, least: float, most: float, step: float, tooltip: str) -> io.Float.Input:
-    return io.Float.Input(name, default=default, min=least, max=most, step=step, tooltip=tooltip)
+def number(
+    name: str, default: float, least: float, most: float, step: float, tooltip: str, optional: bool = False
+) -> io.Float.Input:
+    return io.Float.Input(name, default=default, min=least, max=most, step=step, tooltip=tooltip, optional=optional)
 
 
 class SodaTrainOptions(io.ComfyNode):
@@ -132,6 +134,12 @@ class SodaTrainOptions(io.ComfyNode):
                         ),
                     ],
                     tooltip="Varied views of every image, made before training. Needs images and vae on SODA Train.",
+                ),
+                number(
+                    "text_encoder_rate", 0.0, 0.0, 1000.0, 0.1,
+                    "Trains the text encoder too: its rate, times the learning rate; 0: off. Needs clip and texts on "
+                    "SODA Train.",
+                    optional=True,
                 ),
             ],
             outputs=[SODA_TRAIN_OPTIONS.Output(display_name="options", tooltip="For the options of SODA Train.")],

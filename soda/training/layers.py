@@ -37,8 +37,8 @@ def put(parameters: SodaParameters, layers: Layers) -> None:
                 continue
             layer = _only(name, layers[name], group.decomposition, group.sizes)
             factors = expm_factors([log.double() for log in layer.logs], group.sizes)
-            for n, rows, factor in zip(group.sizes, group.rows, factors, strict=False):
-                parameters.banks[str(n)].data[rows][i].copy_(factor)
+            for (bank, rows), factor in zip(group.places, factors, strict=False):
+                parameters.banks[bank].data[rows][i].copy_(factor)
             if group.delta is not None and layer.delta is not None:
                 group.delta.data[i].copy_(layer.delta)
 

@@ -25,7 +25,7 @@ class LayerByLayer(Mapping[str, Tensor]):
     ):  # fmt: skip
         self.weights = weights
         self.places = {name: (group, i) for group in groups for i, name in enumerate(group.names)}
-        self.factors = {n: bank.unbind() for n, bank in banks.items()}
+        self.factors = {name: bank.unbind() for name, bank in banks.items()}
         self.deltas = {
             group: group.held_delta().to(group.dtype).unbind() for group in groups if group.delta is not None
         }
@@ -37,7 +37,7 @@ class LayerByLayer(Mapping[str, Tensor]):
         """The adapted weight of a layer whose base weight `(out, in)` is at hand: it spares a look."""
         group, i = self.places[name]
         base = base.to(group.dtype)
-        factors = [self.factors[str(n)][rows.start + i] for n, rows in zip(group.sizes, group.rows, strict=False)]
+        factors = [self.factors[bank][rows.start + i] for bank, rows in group.places]
         if group.vectors is None:
             return adapted(base, None, None, factors)
         return adapted(base, group.vectors.one(i, base.device), self.deltas[group][i], factors)

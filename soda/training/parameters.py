@@ -10,7 +10,7 @@ is trained (for `svd` that is SVDiff, arXiv 2303.11305); the adapter's form and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -31,17 +31,18 @@ Factors = int | Mapping[int, Sequence[int]]
 class ShapeGroup(nn.Module):
     """All weights of one shape `(out, in)`: their vectors, fp32 deltas, and places of their factors.
 
-    base: their stack `(B, out, in)` in the dtype of the adapted weights, by the fast plan alone.
+    base: their stack `(B, out, in)` in the dtype of the adapted weights, by the fast plan alone. places: the bank of
+    each factor, and its rows there; none without rotation.
     """
 
     base: Tensor | None
 
     def __init__(
         self, weights: Mapping[str, Tensor], names: Sequence[str], decomposition: Decomposition, factors: Factors,
-        dtype: torch.dtype, plan: Plan,
+        dtype: torch.dtype, plan: Plan, text: bool,
     ):  # fmt: skip
         super().__init__()
-        self.names, self.decomposition, self.dtype = list(names), decomposition, dtype
+        self.names, self.decomposition, self.dtype, self.text = list(names), decomposition, dtype, text
         one = weights[self.names[0]]
         self.shape, self.device = one.shape, one.device
         base = None
@@ -51,7 +52,7 @@ class ShapeGroup(nn.Module):
                 base[i] = weights[name].detach()
         self.register_buffer("base", base, persistent=False)
         self.sizes = _sizes(self.shape[0 if decomposition == "qr" else 1], factors)
-        self.rows: list[slice] = []  # of factor j in the bank of size n_j
+        self.places: list[tuple[str, slice]] = []
         self.vectors = Vectors.of(weights, self.names, decomposition, dtype, plan)
         self.delta = None if self.vectors is None else nn.Parameter(torch.zeros_like(self.vectors.spectrum))
 
@@ -93,9 +94,11 @@ class SodaParameters(nn.Module):
     """Parameters for `weights`, a mapping of layer names to `(out, in)` tensors, which are not modified.
 
     `factors` is their number, for sizes by the rule of `factor_sizes`, or the sizes of each rotated dimension. The
-    adapted weights are made in `dtype`, that in which the model computes; factors and deltas are fp32 always. `weights`
-    may load a weight anew at every look; all plans but the fast one look whenever they make an adapted weight. The
-    parameters are the same by every plan, so that a run's state goes from one to another.
+    adapted weights are made in `dtype`, that in which the model computes; factors and deltas are fp32 always. `text`
+    are the names of those that are a text encoder's: theirs are made in fp32, in which text encoders compute, and have
+    banks and deltas of their own, for a rate of their own. `weights` may load a weight anew at every look; all plans
+    but the fast one look whenever they make an adapted weight. The parameters are the same by every plan, so that a
+    run's state goes from one to another.
     Raises SodaTrainingError if there is nothing to train or the sizes do not fit.
     """
 
@@ -107,35 +110,37 @@ class SodaParameters(nn.Module):
         rotation: bool = True,
         dtype: torch.dtype = torch.float32,
         plan: Plan = "fast",
+        text: Container[str] = (),
     ):
         super().__init__()
         if decomposition == "none" and not rotation:
             raise SodaTrainingError("without a decomposition and without a rotation there is nothing to train")
         if not weights:
             raise SodaTrainingError("there is no weight to adapt; choose a model with attention layers")
-        by_shape: dict[tuple[int, ...], list[str]] = {}
+        alike: dict[tuple[bool, tuple[int, ...]], list[str]] = {}
         for name, weight in weights.items():
             if weight.dim() != 2 or not weight.numel() or not weight.isfinite().all():
                 raise SodaTrainingError(
                     f"the weight {name!r} of shape {tuple(weight.shape)} is no matrix of finite numbers; load another "
                     "model or leave this layer out"
                 )
-            by_shape.setdefault(tuple(weight.shape), []).append(name)
+            alike.setdefault((name in text, tuple(weight.shape)), []).append(name)
         groups = nn.ModuleList(
-            ShapeGroup(weights, names, decomposition, factors, dtype, plan) for names in by_shape.values()
+            ShapeGroup(weights, names, decomposition, factors, torch.float32 if of_text else dtype, plan, of_text)
+            for (of_text, _), names in alike.items()
         )
         self.weights, self.plan = weights, plan
         self.groups = cast(Sequence[ShapeGroup], groups)
-        counts: dict[int, int] = {}
+        counts: dict[str, int] = {}
+        starts: dict[str, Tensor] = {}
         for group in self.groups if rotation else ():
             for n in group.sizes:
-                start = counts.get(n, 0)
-                counts[n] = start + len(group.names)
-                group.rows.append(slice(start, counts[n]))
-        device = self.groups[0].device
-        self.banks = nn.ParameterDict(
-            {str(n): nn.Parameter(torch.eye(n, device=device).repeat(count, 1, 1)) for n, count in counts.items()}
-        )
+                bank = f"text_{n}" if group.text else str(n)
+                start = counts.get(bank, 0)
+                counts[bank] = start + len(group.names)
+                starts[bank] = torch.eye(n, device=group.device)
+                group.places.append((bank, slice(start, counts[bank])))
+        self.banks = nn.ParameterDict({bank: nn.Parameter(starts[bank].repeat(c, 1, 1)) for bank, c in counts.items()})
 
     def rotations(self) -> list[nn.Parameter]:
         """The banks `(B, n, n)` of factors, for StiefelAdam; empty without rotation."""
@@ -145,8 +150,14 @@ class SodaParameters(nn.Module):
         """The deltas `(B, k)`, for a Euclidean optimizer; empty for `none`."""
         return [group.delta for group in self.groups if group.delta is not None]
 
+    def of_text_encoder(self) -> list[nn.Parameter]:
+        """Those of all these that belong to a text encoder's weights."""
+        groups = [group for group in self.groups if group.text]
+        banks = dict.fromkeys(bank for group in groups for bank, _ in group.places)
+        return [self.banks[bank] for bank in banks] + [group.delta for group in groups if group.delta is not None]
+
     def _factors(self, group: ShapeGroup) -> list[Tensor]:
-        return [self.banks[str(n)][rows] for n, rows in zip(group.sizes, group.rows, strict=False)]
+        return [self.banks[bank][rows] for bank, rows in group.places]
 
     def forward(self) -> Mapping[str, Tensor]:
         """All adapted weights by layer name, differentiable in factors and deltas.

@@ -51,8 +51,8 @@ class _Frame:
     """One call: its arguments until it is computed again, then what that saved."""
 
     def __init__(self, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
-        self.run = run
-        self.arguments: Any = _held((args, kwargs))
+        self.run, self.copies = run, _copies
+        self.arguments: Any = _held((args, kwargs), self.copies)
         self.handles: list[weakref.ref[_Handle]] = []
         self.tensors: weakref.WeakKeyDictionary[_Handle, _Kept] = weakref.WeakKeyDictionary()
 
@@ -73,7 +73,7 @@ class _Frame:
         def keep(tensor: Tensor) -> None:
             handle = next(places)()
             if handle is not None:
-                self.tensors[handle] = _Kept(tensor.detach())
+                self.tensors[handle] = _Kept(tensor.detach(), self.copies)
 
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(keep, _never):
             args, kwargs = _given(held)
@@ -84,10 +84,10 @@ class _Frame:
 class _Kept:
     """A tensor as it was, or a look at it that notices changes."""
 
-    def __init__(self, tensor: Tensor):
-        self.kept = tensor.detach().clone() if _copies else tensor
+    def __init__(self, tensor: Tensor, copied: bool):
+        self.kept = tensor.detach().clone() if copied else tensor
         self.version = _version(self.kept)
-        self.copied, self.requires_grad = _copies, tensor.requires_grad
+        self.copied, self.requires_grad = copied, tensor.requires_grad
 
     def tensor(self) -> Tensor:
         if _version(self.kept) != self.version:
@@ -107,10 +107,10 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _held(value: Any) -> Any:
+def _held(value: Any, copied: bool) -> Any:
     if isinstance(value, Tensor):
-        return _Kept(value)
-    return _mapped(_held, value)
+        return _Kept(value, copied)
+    return _mapped(lambda item: _held(item, copied), value)
 
 
 def _given(value: Any) -> Any:

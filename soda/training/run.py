@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SodaTrainingError
 from ..stiefel import StiefelAdam
@@ -46,10 +46,10 @@ class TrainingRun:
         self.parameters, self.settings, self.loss_scale = parameters, settings, loss_scale
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if parameters.rotations():
-            self.optimizers["rotations"] = StiefelAdam(parameters.rotations(), lr=settings.learning_rate)
+            self.optimizers["rotations"] = StiefelAdam(self._by_rate(parameters.rotations()), lr=settings.learning_rate)
         if parameters.spectra():
             self.optimizers["spectra"] = torch.optim.AdamW(
-                parameters.spectra(), lr=settings.learning_rate, weight_decay=0.0
+                self._by_rate(parameters.spectra()), lr=settings.learning_rate, weight_decay=0.0
             )
         self.trained = [*parameters.rotations(), *parameters.spectra()]
         self.average = Average(parameters.rotations(), parameters.spectra(), settings.ema) if settings.ema else None
@@ -75,7 +75,7 @@ class TrainingRun:
         for name, optimizer in self.optimizers.items():
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * self._share(name)
+                group["lr"] = settings.learning_rate * self._share(name) * group["rate"]
         totals = []
         for part in range(settings.accumulation):
             losses = losses_of(self.parameters(), batch_of(self.step * settings.accumulation + part))
@@ -100,6 +100,15 @@ class TrainingRun:
         if self.guard.calm and self.step % KEEP_EVERY == 0:
             self._good = _copy(self._now())
         return ""
+
+    def _by_rate(self, trained: list[nn.Parameter]) -> list[dict[str, Any]]:
+        """Groups for an optimizer, each with its rate over the learning rate."""
+        text = {id(parameter) for parameter in self.parameters.of_text_encoder()}
+        groups = [
+            {"params": [p for p in trained if id(p) not in text], "rate": 1.0},
+            {"params": [p for p in trained if id(p) in text], "rate": self.settings.text_encoder_rate},
+        ]
+        return [group for group in groups if group["params"]]
 
     def _share(self, name: str) -> float:
         settings = self.settings

@@ -17,6 +17,7 @@ RANGES = {
     "batch_size": (1, math.inf),
     "warm_up": (0, 1),
     "spectrum_rate": (0, 1000),
+    "text_encoder_rate": (0, 1000),
     "accumulation": (1, 10_000),
     "gradient_clip": (0, math.inf),
     "ema": (0, 0.99999),
@@ -33,8 +34,9 @@ class TrainingSettings:
     """Rates are per step, in radians for the factors and in units of the spectrum for the deltas; 1e-2 suits runs of
     some hundred steps (the paper's 5e-5 is for thousands).
 
-    spectrum_rate: the deltas' rate over that of the factors. warm_up: share of the steps. accumulation: batches per
-    step. gradient_clip: largest norm of all gradients together, 0 for none. ema: decay per step of the average that is
+    spectrum_rate: the deltas' rate over that of the factors. text_encoder_rate: a text encoder's rates over those of
+    the diffusion model, 0 where it is not trained. warm_up: share of the steps. accumulation: batches per step.
+    gradient_clip: largest norm of all gradients together, 0 for none. ema: decay per step of the average that is
     returned, 0 for the last weights. checkpoint_every: steps. beta: of `dco`. min_snr_gamma: 0 for none.
     caption_dropout: chance of an empty caption. noise_offset: size of the noise that a whole channel shares.
     prior_weight: of the error on prior data, where there is some.
@@ -58,6 +60,7 @@ class TrainingSettings:
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
     prior_weight: float = 1.0
+    text_encoder_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():

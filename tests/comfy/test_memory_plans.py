@@ -129,13 +129,13 @@ def test_a_unets_resblocks_are_blocks_without_attention_too():
 
 def test_the_plan_is_the_fastest_that_fits():
     model = small_model()
-    budget = Memory.of(model, list(attention_weights(model)), data(), (), TrainingSettings(batch_size=1), "lq")
+    budget = Memory.of({model: attention_weights(model)}, data(), (), TrainingSettings(batch_size=1), "lq")
     needed = budget.needed
     assert needed["fast"] > needed["frugal"] > needed["low VRAM"] > 0
     for plan in PLANS:
         assert choose(needed, needed[plan]) == plan and budget.plan(plan) == plan
     assert choose(needed, 0) == "low VRAM" and budget.plan("auto") == "fast"
-    more = Memory.of(model, list(attention_weights(model)), data(), data(), TrainingSettings(batch_size=4), "svd")
+    more = Memory.of({model: attention_weights(model)}, data(), data(), TrainingSettings(batch_size=4), "svd")
     assert all(more.needed[plan] > needed[plan] for plan in PLANS)
 
 

@@ -99,7 +99,7 @@ def test_caption_dropout_puts_the_empty_caption_in():
 def test_the_empty_caption_comes_from_the_clip():
     clip = small_clip()
     with torch.inference_mode():
-        caption = dataset.empty_caption(clip)
+        caption = dataset.encoded(clip, "")
     assert caption[0].shape[-1] == CONTEXT and isinstance(caption[1], dict)
 
 

@@ -74,3 +74,21 @@ def test_without_gradients_it_is_a_plain_call():
     with torch.no_grad():
         assert recomputed(lambda x: calls.append(x) or x + 1, torch.zeros(1)) == 1
     assert len(calls) == 1
+
+
+def test_a_part_may_be_copied_alone():
+    """The copies follow the blocks that were called within `copying`, not the backward pass."""
+    torch.manual_seed(0)
+    block = Block(inside=True, own=False)
+    options = {"size": 1.0}
+
+    def gradient(again):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with copying():
+            h = recomputed(block, x * 1.0, [x], options=options) if again else Block.forward(plain, x, [x], options)
+        (h**2).sum().backward()
+        return x.grad
+
+    plain = Block(inside=False, own=False)
+    plain.load_state_dict(block.state_dict())
+    assert torch.allclose(gradient(True), gradient(False), atol=1e-6)

@@ -74,6 +74,41 @@ def test_prior_pictures(client, adapters, base_unchanged):
     assert any(not torch.equal(tensor, without[name]) for name, tensor in with_prior.items())
 
 
+def test_the_text_encoder_trains_along_and_its_layers_load(client, adapters, base_unchanged):
+    prompt, playground = graph()
+    drawings = prompt.add("SodaPlaygroundDrawings", concept="fip")
+    latents, positive = playground.dataset((drawings, 0), (drawings, 1))
+    node = playground.train(
+        positive, latents=latents, texts=(drawings, 1), clip=playground.clip, vae=playground.vae,
+        sample_prompt="a sks monster", options=playground.options(text_encoder_rate=0.5, caption_dropout=0.3),
+    )  # fmt: skip
+    tensors, texts = saved(client, adapters, prompt, playground, node, "words")
+    layers = {name.rsplit(".", 1)[0] for name in tensors}
+    inside = {name for name in layers if name.startswith("diffusion_model.")}
+    assert "step 3/3" in texts[-1] and "failed" not in texts[-1]
+    for part in (inside, layers - inside):
+        assert part and all(tensors[f"{name}.soda_lq"].any() for name in part)
+    for wired in (True, False):
+        prompt, playground = graph()
+        name = max(adapters.glob("words*")).name
+        clip = {"clip": playground.clip} if wired else {}
+        loader = prompt.add("SodaLoader", model=playground.model, adapter_name=name, strength=1.0, **clip)
+        if wired:
+            playground.clip = (loader, 1)
+        playground.sample((loader, 0))
+        said = client.run(prompt).texts[loader][-1]
+        assert said.startswith(f"{len(layers if wired else inside)} layers changed")
+        assert ("Wire clip" in said) != wired
+
+
+def test_texts_alone_train_no_text_encoder_and_that_is_said(client, adapters):
+    prompt, playground = graph()
+    latents, positive = playground.drawings()
+    node = playground.train(positive, latents=latents, texts="a sks monster", steps=1)
+    tensors, texts = saved(client, adapters, prompt, playground, node, "silent")
+    assert all(name.startswith("diffusion_model.") for name in tensors) and "The texts are not used" in texts[-1]
+
+
 def test_going_on_from_an_adapter_and_training_beside_it(client, adapters, subject, base_unchanged):
     found = {}
     for how in ("start", "beside"):
@@ -95,6 +130,7 @@ def test_going_on_from_an_adapter_and_training_beside_it(client, adapters, subje
 WRONG = [
     ({"options": {"caption_dropout": 0.5}}, "wire a clip"),
     ({"options": {"layers": "*nowhere*"}}, "matches none"),
+    ({"options": {"text_encoder_rate": 0.5}}, "wire clip and texts"),
     ({"options": {"augment": "on", "augment.views": 2, "augment.flip": True, "augment.crop": 0.1,
                   "augment.colour": 0.0}}, "wire images and vae"),
     ({"prior": True}, "prior_positive"),

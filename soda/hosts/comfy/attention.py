@@ -1,4 +1,4 @@
-"""Where a diffusion model's attention projections are, by the names and shapes of its state dict alone.
+"""Where a network's attention projections are, by the names and shapes of its state dict alone.
 
 An attention is a module with children for queries, keys and values, whatever they are called and however they are
 fused; the child that gathers the heads belongs to it. Fused rows are layers of their own, each with a rotation and a
@@ -37,12 +37,12 @@ class _Projection(NamedTuple):
     shape: tuple[int, int]
 
 
-def projections(shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Layer name -> state dict key of every attention projection below `diffusion_model`, in the order of `shapes`
-    (state dict key -> shape)."""
+def projections(shapes: Mapping[str, Sequence[int]], below: str = "diffusion_model.") -> dict[str, str]:
+    """Layer name -> state dict key of every attention projection whose key begins with `below`, in the order of
+    `shapes` (state dict key -> shape)."""
     attentions: dict[str, list[_Projection]] = {}
     for key, shape in shapes.items():
-        if key.startswith("diffusion_model.") and key.endswith(".weight"):
+        if key.startswith(below) and key.endswith(".weight"):
             path, matrix = key.removesuffix(".weight"), matrix_shape(shape)
             module, role = _role(path)
             if role is not None and len(matrix) == 2:

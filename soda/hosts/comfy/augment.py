@@ -7,7 +7,7 @@ varied in these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import kornia
@@ -72,5 +72,5 @@ def views(samples: Sequence[Sample], images: Sequence[torch.Tensor], vae, augmen
     for _ in range(augment.views - 1):
         for sample, picture in zip(samples, pictures, strict=True):
             latent = vae.encode(view(picture, augment, generator))
-            found.append(Sample(latent.clone(), sample.caption))
+            found.append(replace(sample, latent=latent.clone()))
     return found

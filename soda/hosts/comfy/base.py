@@ -83,13 +83,14 @@ def layer_shape(patcher: ModelPatcher, layer: str) -> tuple[int, ...]:
 
 
 class UnpatchedWeights(Mapping[str, torch.Tensor]):
-    """Layer -> unpatched weight (out, in), looked up anew each time: a quantised one takes memory only for a while."""
+    """Layer -> unpatched weight (out, in) of some layers of networks, looked up anew each time: a quantised one takes
+    memory only for a while."""
 
-    def __init__(self, patcher: ModelPatcher, layers: Iterable[str]):
-        self.patcher, self.layers = patcher, dict.fromkeys(layers)
+    def __init__(self, networks: Mapping[ModelPatcher, Iterable[str]]):
+        self.layers = {layer: patcher for patcher, layers in networks.items() for layer in layers}
 
     def __getitem__(self, layer: str) -> torch.Tensor:
-        return layer_weight(self.patcher, layer)
+        return layer_weight(self.layers[layer], layer)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.layers
@@ -102,11 +103,11 @@ class UnpatchedWeights(Mapping[str, torch.Tensor]):
 
 
 class TrainableWeights(UnpatchedWeights):
-    """These on the device the model computes on, as tensors that may take part in training, fp32 unless of half
+    """These on the device their network computes on, as tensors that may take part in training, fp32 unless of half
     precision; not copied where they already are so."""
 
     def __getitem__(self, layer: str) -> torch.Tensor:
-        weight = super().__getitem__(layer).to(self.patcher.load_device)
+        weight = super().__getitem__(layer).to(self.layers[layer].load_device)
         weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
         return alias(weight) if weight.is_inference() else weight
 
@@ -118,7 +119,7 @@ class ModelBases:
         self._cache = bounded_cache()
         self._device = patcher.load_device
         wanted = set(wanted)
-        self.weights = UnpatchedWeights(patcher, (layer for layer, _ in sorted(wanted)))
+        self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
         self.hashes = self._cache.hashes(self.weights, patcher.model)
         self.bytes = sum(kept_bytes(layer_shape(patcher, layer), kind) for layer, kind in wanted)
 

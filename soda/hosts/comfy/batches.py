@@ -6,8 +6,9 @@ from any step, and devices agree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -19,6 +20,14 @@ from ...training.settings import TrainingSettings
 from .dataset import Sample, buckets, draw
 
 SEED_LIMIT = 2**63
+Conditions = Callable[[list, torch.Tensor], dict]  # of a caption and a latent (1, C, H, W) as the model takes it
+
+
+class Caption(NamedTuple):
+    """As ComfyUI encodes it, and its words, if known."""
+
+    encoded: list
+    text: str
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,8 @@ class Pass:
     """Samples alike in shape and condition, for one forward; `(B, ...)`.
 
     x: the noisy latent, x0 the clean one. sigma `(B,)`: the noise levels. c, weight `(B, 1 ...)`: the output's factor
-    in the denoised sample, and the weight of its squared error. share: of the whole batch.
+    in the denoised sample, and the weight of its squared error. share: of the whole batch. captions: what the
+    condition says of each sample.
     """
 
     x: torch.Tensor
@@ -36,6 +46,7 @@ class Pass:
     weight: torch.Tensor
     condition: dict
     share: float
+    captions: Sequence[Caption]
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,9 @@ class _Data:
         self.model, self.device, self.settings = patcher.model, patcher.load_device, settings
         self.groups = buckets(samples)
         self.latents = [self.model.process_latent_in(s.latent.float()).to(self.device) for s in samples]
+        self.captions = [Caption(s.caption, s.text) for s in samples]
+        self.empty = None if empty is None else Caption(empty, "")
         self._known: dict[tuple, dict] = {}
-        self.conditions = [self._condition(s.caption, x) for s, x in zip(samples, self.latents, strict=True)]
-        if settings.caption_dropout and empty is not None:
-            self.empty = [self._condition(empty, latent) for latent in self.latents]
 
     def passes(self, generator: torch.Generator) -> list[Pass]:
         settings, sampling = self.settings, self.model.model_sampling
@@ -87,22 +97,24 @@ class _Data:
         noise = torch.randn(x0.shape, generator=generator)
         levels = settings.timesteps.draw(len(batch), generator).tolist()
         sigma = torch.tensor([float(sampling.percent_to_sigma(p)) for p in levels], device=self.device)
-        conditions = [self.conditions[i] for i in batch]
-        if settings.caption_dropout:
+        captions = [self.captions[i] for i in batch]
+        if settings.caption_dropout and self.empty is not None:
             dropped = torch.rand(len(batch), generator=generator) < settings.caption_dropout
-            conditions = [self.empty[i] if d else c for i, d, c in zip(batch, dropped, conditions, strict=True)]
+            captions = [self.empty if d else c for d, c in zip(dropped, captions, strict=True)]
+        said = [(c, self._condition(c, self.latents[i])) for i, c in zip(batch, captions, strict=True)]
         if settings.noise_offset:
             shared = torch.randn(*x0.shape[:2], *(1 for _ in x0.shape[2:]), generator=generator)
             noise = noise + settings.noise_offset * shared
         noise = noise.to(self.device)
         return [
-            self._pass(x0[rows], noise[rows], sigma[rows], [conditions[row] for row in rows], len(batch))
-            for rows in _alike(conditions)
+            self._pass(x0[rows], noise[rows], sigma[rows], [said[row] for row in rows], len(batch))
+            for rows in _alike([found for _, found in said])
         ]
 
     def _pass(
-        self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, conditions: list[dict], count: int
+        self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, said: list[tuple[Caption, dict]], count: int
     ) -> Pass:
+        captions, conditions = zip(*said, strict=True)
         sampling = self.model.model_sampling
         one = torch.ones_like(x0.flatten(1)[:, :1]).view(-1, *(1 for _ in x0.shape[1:]))
         zero = torch.zeros_like(one)
@@ -112,21 +124,22 @@ class _Data:
             signal, noisy = sampling.noise_scaling(sigma, zero, one), sampling.noise_scaling(sigma, one, zero)
             weight = min_snr((signal / noisy).square(), c, self.settings.min_snr_gamma)
         x = sampling.noise_scaling(sigma, noise, x0)
-        return Pass(x, x0, sigma, c, weight, comfy.samplers.cond_cat(conditions), len(x0) / count)
+        return Pass(x, x0, sigma, c, weight, comfy.samplers.cond_cat(conditions), len(x0) / count, captions)
 
-    def _condition(self, caption: list, latent: torch.Tensor) -> dict:
-        """What the model is conditioned on; computed once per caption and latent shape."""
-        key = (id(caption), tuple(latent.shape))
+    def _condition(self, caption: Caption, latent: torch.Tensor) -> dict:
+        """Computed once per caption and latent shape."""
+        key = (id(caption.encoded), tuple(latent.shape))
         if key not in self._known:
-            conds = {"positive": comfy.sampler_helpers.convert_cond([caption])}
-            noise = torch.zeros_like(latent)
-            conds = comfy.samplers.process_conds(self.model, noise, conds, self.device, latent, seed=self.settings.seed)
-            encoded = conds["positive"][0]["model_conds"]
-            self._known[key] = {
-                name: _trainable(value.process_cond(batch_size=1, area=None), self.device)
-                for name, value in encoded.items()
-            }
+            self._known[key] = condition(self.model, self.device, self.settings.seed, caption.encoded, latent)
         return self._known[key]
+
+
+def condition(model, device: torch.device, seed: int, caption: list, latent: torch.Tensor) -> dict:
+    """What a model is conditioned on by a caption, for a latent (1, C, H, W); differentiable in the caption."""
+    conds = {"positive": comfy.sampler_helpers.convert_cond([caption])}
+    conds = comfy.samplers.process_conds(model, torch.zeros_like(latent), conds, device, latent, seed=seed)
+    found = conds["positive"][0]["model_conds"]
+    return {name: _trainable(value.process_cond(batch_size=1, area=None), device) for name, value in found.items()}
 
 
 def _alike(conditions: Sequence[dict]) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""Which layers a training adapts: targets, or what the role suggests, then a pattern over their names."""
+"""Which layers a training adapts: targets, or what the role suggests, then a pattern over their names; all of the
+attention of a text encoder that trains along."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from ...errors import SodaTrainingError
 from ...training.presets import TARGETS
 from .quantised import untrainable
-from .targets import attention_weights
+from .targets import attention_weights, text_attention_weights
 
 AUTO = "auto"
 
@@ -30,12 +31,7 @@ def chosen_weights(patcher: ModelPatcher, targets: str, pattern: str) -> dict[st
     file names, "" for all). Raises SodaTrainingError if there is none, or if a weight of the model lets no gradient
     pass."""
     known = attention_weights(patcher, targets)
-    form = next(filter(None, map(untrainable, patcher.model.parameters())), None)
-    if form is not None:
-        raise SodaTrainingError(
-            f"A model in {form} cannot be trained on. Train on the same model in fp16, bf16 or fp8; the adapter then "
-            f"works on the {form} model too."
-        )
+    _must_let_gradients_pass(patcher)
     if not pattern:
         return known
     found = {layer: key for layer, key in known.items() if fnmatchcase(layer, pattern)}
@@ -47,3 +43,18 @@ def chosen_weights(patcher: ModelPatcher, targets: str, pattern: str) -> dict[st
             "Write * where names may differ, or leave layers empty for all."
         )
     return found
+
+
+def chosen_text_weights(patcher: ModelPatcher) -> dict[str, str]:
+    """The same for the patcher of a CLIP, of which all attention is trained."""
+    _must_let_gradients_pass(patcher)
+    return text_attention_weights(patcher)
+
+
+def _must_let_gradients_pass(patcher: ModelPatcher) -> None:
+    form = next(filter(None, map(untrainable, patcher.model.parameters())), None)
+    if form is not None:
+        raise SodaTrainingError(
+            f"A model in {form} cannot be trained on. Train on the same model in fp16, bf16 or fp8; the adapter then "
+            f"works on the {form} model too."
+        )

@@ -7,7 +7,7 @@ lists that each hold one or more captions. One caption for all samples is fine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +16,12 @@ from ...errors import SodaTrainingError
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image: a latent (1, C, H, W) as the VAE gave it, and its caption as ComfyUI encodes it."""
+    """One training image: a latent (1, C, H, W) as the VAE gave it, and its caption as ComfyUI encodes it; the words
+    of that where a text encoder trains along."""
 
     latent: torch.Tensor
     caption: list  # [tensor (1, tokens, width), dict]
+    text: str = ""
 
 
 def collect(latents: Sequence[dict], positive: Sequence[list]) -> list[Sample]:
@@ -50,9 +52,32 @@ def encode(images: Sequence[torch.Tensor] | None, vae) -> list[dict]:
     return [{"samples": vae.encode(image[:, :, :, :3])} for image in images]
 
 
-def empty_caption(clip) -> list:
-    """The caption "" as ComfyUI encodes it."""
-    return clip.encode_from_tokens_scheduled(clip.tokenize(""))[0]
+def with_texts(samples: Sequence[Sample], texts: Sequence[str] | None, clip, name: str = "texts") -> list[Sample]:
+    """The samples with captions of these words, as the clip says them; of their own captions what else is in there
+    stays. `name` is that of the texts' input. Wrong counts and missing inputs raise SodaTrainingError."""
+    if clip is None or not texts:
+        raise SodaTrainingError(
+            f"text_encoder_rate trains the text encoder on the words of the captions: wire clip and {name} into SODA "
+            "Train, or set it to 0 in SODA Train Options."
+        )
+    if len(texts) not in (1, len(samples)):
+        raise SodaTrainingError(
+            f"There are {len(samples)} latents but {len(texts)} {name}. "
+            "Give one text for each image in the same order, or a single text for all of them."
+        )
+    said = {text: encoded(clip, text) for text in dict.fromkeys(texts)}
+    pairs = zip(samples, texts if len(texts) > 1 else [texts[0]] * len(samples), strict=True)
+    return [replace(sample, caption=reworded(sample.caption, said[text]), text=text) for sample, text in pairs]
+
+
+def encoded(clip, text: str) -> list:
+    """A caption as ComfyUI encodes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+
+
+def reworded(caption: list, said: list) -> list:
+    """The caption with what was said in place of its own words, and all else that it holds."""
+    return [said[0], {**caption[1], **said[1]}]
 
 
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:

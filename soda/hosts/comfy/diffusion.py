@@ -10,6 +10,7 @@ A batch is prepared by `batches`; what is here depends on its tensors alone: it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
@@ -18,8 +19,9 @@ from comfy.model_patcher import ModelPatcher
 from ...training.objective import dco
 from ...training.run import Losses
 from ...training.settings import TrainingSettings
-from .batches import Batch, Pass
+from .batches import Batch, Pass, condition
 from .inject import Injection
+from .text_encoder import TextEncoder
 
 
 def transformer_options(patcher: ModelPatcher) -> dict:
@@ -52,14 +54,17 @@ def mean_error(patcher: ModelPatcher, passes: Sequence[Pass]) -> torch.Tensor:
 class DiffusionLosses:
     """What a run minimises and is judged by, as functions of the adapted weights and a batch.
 
-    `reference` are the weights without the new adapter, which dco compares with: the same model, run once more.
+    `reference` are the weights without the new adapter, which dco compares with: the same model, run once more. With a
+    `text` encoder that trains along, the captions go through its adapted weights as well.
     """
 
     def __init__(
         self, patcher: ModelPatcher, injection: Injection, settings: TrainingSettings,
-        reference: Mapping[str, torch.Tensor],
+        reference: Mapping[str, torch.Tensor], text: TextEncoder | None = None,
     ):  # fmt: skip
         self.patcher, self.injection, self.settings, self.reference = patcher, injection, settings, reference
+        self.text = text
+        self._conditions = partial(condition, patcher.model, patcher.load_device, settings.seed)
 
     def __call__(self, weights: Mapping[str, torch.Tensor], batch: Batch) -> Losses:
         error = loss = self._error(weights, batch.passes)
@@ -73,6 +78,9 @@ class DiffusionLosses:
 
     def _error(self, weights: Mapping[str, torch.Tensor], passes: Sequence[Pass]) -> torch.Tensor:
         self.injection.weights = weights
+        if self.text is not None:
+            self.text.weights = weights
+            passes = self.text.passes(passes, self._conditions)
         return mean_error(self.patcher, passes)
 
 

@@ -15,12 +15,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 from ...adapter import Adapter
 from ...basis_cache import HASH_THREADS
 from ...fingerprint import tensor_hash
 from .base import layer_weight, unpatched
 from .bypass import installed
+from .targets import text_attention_weights
 
 VERSION = 1  # of what is hashed and of what a run keeps; other numbers never meet
 SPREAD = 4096  # numbers of a weight that is not adapted
@@ -111,6 +113,9 @@ class _Digest:
         elif isinstance(value, types.FunctionType):
             self._say(f"{value.__qualname__} {value.__code__.co_code.hex()}")
             self._all((value.__defaults__, [cell.cell_contents for cell in value.__closure__ or ()]))
+        elif isinstance(value, CLIP):  # one to train
+            layers = text_attention_weights(value.patcher)
+            self._say(run_hash(value.patcher, layers, value.layer_idx, value.tokenizer_options))
         elif isinstance(value, ModelPatcher):
             self._all((value.patches, _rest_hash(value)))
         elif is_dataclass(value):

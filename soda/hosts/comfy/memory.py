@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -32,13 +32,18 @@ class Memory:
 
     @classmethod
     def of(
-        cls, patcher: ModelPatcher, layers: Sequence[str], samples: Sequence[Sample], prior: Sequence[Sample],
+        cls, networks: Mapping[ModelPatcher, Iterable[str]], samples: Sequence[Sample], prior: Sequence[Sample],
         settings: TrainingSettings, decomposition: Decomposition,
     ) -> Memory:  # fmt: skip
-        shapes = [layer_shape(patcher, layer) for layer in layers]
+        """Of networks with the layers to train in each: the diffusion model, then its text encoder, if that trains."""
+        patcher, *_ = networks
         sampling = _sampling(patcher, samples, settings) + (_sampling(patcher, prior, settings) if prior else 0.0)
-        model = patcher.model_size()
-        needed = needs(shapes, decomposition, computing_dtype(patcher), model, sampling)
+        parts = []
+        for network, layers in networks.items():
+            shapes = [layer_shape(network, layer) for layer in layers]
+            dtype, passes = (computing_dtype(network), sampling) if network is patcher else (torch.float32, 0.0)
+            parts.append(needs(shapes, decomposition, dtype, network.model_size(), passes))
+        needed = {plan: sum(part[plan] for part in parts) for plan in PLANS}
         return cls(needed, _free(patcher), patcher.load_device)
 
     def plan(self, wanted: str) -> Plan:
@@ -49,13 +54,13 @@ class Memory:
         """A sentence for the node."""
         return f"Memory plan: {plan}, about {self.needed[plan] / GB:.1f} GB of {self.free / GB:.1f} GB free."
 
-    def load(self, patcher: ModelPatcher, plan: Plan) -> None:
-        """Load the model as the plan needs it; on a CPU always whole."""
+    def load(self, networks: Sequence[ModelPatcher], plan: Plan) -> None:
+        """Load the networks as the plan needs them; on a CPU always whole."""
         if plan == "low VRAM":
-            comfy.model_management.load_models_gpu([patcher], EVERYTHING)
+            comfy.model_management.load_models_gpu(networks, EVERYTHING)
         else:
-            beside = self.needed[plan] - patcher.model_size()
-            comfy.model_management.load_models_gpu([patcher], beside, force_full_load=True)
+            beside = self.needed[plan] - sum(network.model_size() for network in networks)
+            comfy.model_management.load_models_gpu(networks, beside, force_full_load=True)
 
 
 def computing_dtype(patcher: ModelPatcher) -> torch.dtype:

@@ -85,6 +85,8 @@ def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None
         report.unmatched += unmatched(adapter, [matching(adapter, k) for k in known], type(model.model).__name__)
     new_model = _fold(model, parts, known[0], report, mode)
     if clip is None:
+        if any(not name.startswith("diffusion_model.") for name in report.unmatched):
+            report.warnings.append("Wire clip to use the layers that belong to a text encoder.")
         return new_model, None, report
     new_clip = clip.clone()
     new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report, mode)

@@ -1,4 +1,5 @@
-"""Which weights of a ComfyUI model SODA adapts: the attention projections of the diffusion model, all or a part."""
+"""Which weights of a ComfyUI model SODA adapts: the attention projections of the diffusion model, all or a part,
+and of a text encoder."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ CROSS = re.compile(
     | \.add_[qkv]_proj | \.to_add_out | \.to_\w+_t$ | \.instruct_ | \.double_layers\.\d+\.attn\.w1""",
     re.VERBOSE,
 )
+# What a text encoder that also sees or hears has beside its text model.
+OTHER_SENSES = re.compile(r"\.(?:visual|vision_model|multi_modal_projector|audio\w*)\.")
 TARGETS = ("all attention", "cross-attention", "self-attention")
 
 
@@ -42,3 +45,13 @@ def attention_weights(patcher: ModelPatcher, targets: str = "all attention") -> 
             "of its own; set targets to 'all attention'."
         )
     return cross if targets == "cross-attention" else {k: v for k, v in found.items() if k not in cross}
+
+
+def text_attention_weights(patcher: ModelPatcher) -> dict[str, str]:
+    """The same for the patcher of a CLIP. Raises SodaTrainingError if it has none."""
+    found = {k: v for k, v in projections(shapes(patcher), "").items() if not OTHER_SENSES.search(v)}
+    if not found:
+        raise SodaTrainingError(
+            f"The text encoder {type(patcher.model).__name__} has no attention projections; set text_encoder_rate to 0."
+        )
+    return found

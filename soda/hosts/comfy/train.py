@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from ...training.settings import TrainingSettings
 from .base import TrainableWeights
 from .batches import Batches
 from .beside import take_off
-from .chosen import chosen_weights, resolve
+from .chosen import chosen_text_weights, chosen_weights, resolve
 from .dataset import Sample
 from .describe import training_metadata
 from .differentiable import differentiated
@@ -39,6 +39,7 @@ from .memory import AUTO, Memory, computing_dtype
 from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .store import KeptRun
+from .text_encoder import TextEncoder
 
 FP16_SCALE = 1024.0
 NOT_KEPT = "This run is not kept on disk"
@@ -49,13 +50,15 @@ class Extras:
     """What a training may have beside its samples.
 
     layers: a pattern over layer names, "" for all. start_from: the adapter whose weights it starts with. prior: samples
-    on which the model shall stay as it is. empty: the empty caption, for caption dropout.
+    on which the model shall stay as it is. empty: the empty caption, for caption dropout. clip: a CLIP to train as
+    well, on the words of the captions, which the samples then know.
     """
 
     layers: str = ""
     start_from: Adapter | None = None
     prior: Sequence[Sample] = ()
     empty: list | None = None
+    clip: Any = None
 
 
 def train_or_reuse(
@@ -106,17 +109,19 @@ def train_adapter(
     where memory runs out.
     """
     targets = resolve(model, targets, role)
-    keys = chosen_weights(model, targets, extras.layers)
+    networks = {model: chosen_weights(model, targets, extras.layers)}
+    if extras.clip is not None:
+        networks[extras.clip.patcher] = chosen_text_weights(extras.clip.patcher)
     if kept is not None and not resume:
         kept.drop_checkpoint()
     while True:
-        budget = Memory.of(model, list(keys), samples, extras.prior, settings, decomposition)
+        budget = Memory.of(networks, samples, extras.prior, settings, decomposition)
         plan: Plan = budget.plan(memory)
         if plan != "fast" or not comfy.model_management.is_device_cpu(budget.device):
             progress.note(budget.text(plan))
         try:
             return _train(
-                model, samples, settings, decomposition, factors, role, progress, prompt, targets, keys, extras, kept,
+                networks, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept,
                 resume, budget, plan,
             )  # fmt: skip
         except torch.OutOfMemoryError:
@@ -144,25 +149,30 @@ def _too_little(model: ModelPatcher, samples: Sequence[Sample], settings: Traini
 
 
 def _train(
-    model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None, targets: str,
-    keys: dict[str, str], extras: Extras, kept: KeptRun | None, resume: bool, memory: Memory, plan: Plan,
+    networks: Mapping[ModelPatcher, dict[str, str]], samples: Sequence[Sample], settings: TrainingSettings,
+    decomposition: Decomposition, factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None,
+    targets: str, extras: Extras, kept: KeptRun | None, resume: bool, memory: Memory, plan: Plan,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
+    """`networks` are the diffusion model and a CLIP's, if that trains, with the weights to train: name -> key."""
     if settings.caption_dropout and extras.empty is None:
         raise SodaTrainingError("caption_dropout needs the empty caption: wire a clip into SODA Train, or set it to 0.")
-    patcher = _trainable_clone(model)
-    frozen = take_off(patcher, keys)
-    memory.load(patcher, plan)
+    clones = {_trainable_clone(network): keys for network, keys in networks.items()}
+    (patcher, keys), *others = clones.items()
+    text = TextEncoder(extras.clip, *others[0]) if others else None
+    frozen = {name: terms for clone, keys in clones.items() for name, terms in take_off(clone, keys).items()}
+    load = partial(memory.load, list(clones), plan)
+    load()
     # Nodes run under inference mode, whose tensors know no gradients.
-    with torch.inference_mode(False), torch.enable_grad(), _training_state(patcher):
+    with torch.inference_mode(False), torch.enable_grad(), _training_state(list(clones)):
         dtype = computing_dtype(patcher)
-        weights = TrainableWeights(patcher, keys)
-        parameters = SodaParameters(weights, decomposition, factors, dtype=dtype, plan=plan)
+        weights = TrainableWeights(clones)
+        of_text = {name for _, keys in others for name in keys}
+        parameters = SodaParameters(weights, decomposition, factors, dtype=dtype, plan=plan, text=of_text)
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
         batches = Batches(patcher, samples, settings, extras.empty, extras.prior)
-        with Injection(patcher, keys, again=plan != "fast") as injection:
+        with Injection(patcher, keys, again=plan != "fast") as injection, text or contextlib.nullcontext():
             transformer_options(patcher)
-            losses_of = DiffusionLosses(patcher, injection, settings, reference)
+            losses_of = DiffusionLosses(patcher, injection, settings, reference, text)
             run = TrainingRun(parameters, settings, FP16_SCALE if dtype == torch.float16 else 1.0)
             if kept is not None and resume:
                 _resume(run, kept, progress)
@@ -171,13 +181,14 @@ def _train(
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 return batches(index)
 
-            watch = _Watch(progress, run, injection, patcher, prompt, samples, partial(memory.load, patcher, plan))
+            watch = _Watch(progress, run, injection, patcher, prompt, samples, load, text)
             try:
                 losses = differentiated(lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress)))
             except Diverged as error:
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
         layers = difference(parameters.layers(), frozen, beside)
-    hashes = layer_hashes(model, keys)
+    hashes = {name: value for network, keys in networks.items() for name, value in layer_hashes(network, keys).items()}
+    model, *_ = networks
     sample = progress.strip.samples[-1][1] if progress.strip.samples else None
     metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, hashes, sample)
     return Adapter(layers, metadata, "trained adapter"), losses
@@ -201,7 +212,8 @@ def _start(
         if outside:
             raise SodaTrainingError(
                 f"start_from is an adapter of {len(start_from.layers)} layers, of which {len(outside)} are not trained "
-                f"here (first {outside[0]}). Choose targets and layers that hold all of them."
+                f"here (first {outside[0]}). Choose targets and layers that hold all of them, and a text_encoder_rate "
+                "where it has layers of a text encoder."
             )
         put(parameters, added(frozen, start_from.layers) if frozen else start_from.layers)
     return reference, beside
@@ -256,19 +268,23 @@ class _Watch:
 
     def __init__(
         self, progress: TrainingProgress, run: TrainingRun, injection: Injection, patcher: ModelPatcher,
-        prompt: SamplePrompt | None, samples: Sequence[Sample], reload: Callable[[], None],
+        prompt: SamplePrompt | None, samples: Sequence[Sample], reload: Callable[[], None], text: TextEncoder | None,
     ):  # fmt: skip
         self.progress, self.run, self.injection, self.patcher = progress, run, injection, patcher
-        self.prompt, self.samples, self.reload = prompt, samples, reload
+        self.prompt, self.samples, self.reload, self.text = prompt, samples, reload, text
         self.note, self.stop_requested = progress.note, progress.stop_requested
 
     def step(self, step: int, loss: float) -> None:
         self.progress.step(step, loss)
-        if self.prompt is not None and self.prompt.due(step, self.run.settings.steps):
+        prompt = self.prompt
+        if prompt is not None and prompt.due(step, self.run.settings.steps):
             with torch.no_grad(), self.run.settled():
-                self.injection.weights = self.run.parameters()
+                self.injection.weights = weights = self.run.parameters()
+            if self.text is not None:
+                self.text.weights = weights
+                prompt = replace(prompt, clip=self.text.clip)  # to be encoded anew
             shape = tuple(self.samples[0].latent.shape)
-            show_sample(self.patcher, self.prompt, shape, step, self.progress, self.reload)
+            show_sample(self.patcher, prompt, shape, step, self.progress, self.reload)
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
@@ -283,15 +299,17 @@ def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
 
 
 @contextlib.contextmanager
-def _training_state(patcher: ModelPatcher) -> Iterator[None]:
-    """ComfyUI told that a model trains; its flags and the patcher's run state put back at the end."""
+def _training_state(patchers: Sequence[ModelPatcher]) -> Iterator[None]:
+    """ComfyUI told that models train; its flags and the patchers' run state put back at the end."""
     before = comfy.model_management.in_training
     comfy.model_management.in_training = True
-    patcher.pre_run()
+    for patcher in patchers:
+        patcher.pre_run()
     try:
         yield
     finally:
         comfy.model_management.in_training = before
-        patcher.cleanup()
-        if patcher.parent is not None and patcher.parent.is_dynamic():
-            comfy.model_management.unload_model_and_clones(patcher)
+        for patcher in patchers:
+            patcher.cleanup()
+            if patcher.parent is not None and patcher.parent.is_dynamic():
+                comfy.model_management.unload_model_and_clones(patcher)
