@@ -300,3 +300,19 @@ def test_what_is_stored_for_dead_directions_is_zero():
         parameters.spectra()[0].fill_(0.25)
     (layer,) = parameters.layers()["w"]
     assert layer.delta.tolist() == [0.25] * 3 + [0.0] * 5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_text_encoders_weights_are_made_in_fp32_of_parameters_of_their_own(plan):
+    base = weights()
+    text = set(list(base)[::2])
+    parameters = SodaParameters(base, dtype=torch.bfloat16, plan=plan, text=text)
+    adapted = parameters()
+    for name, weight in base.items():
+        dtype = torch.float32 if name in text else torch.bfloat16
+        assert adapted[name].dtype == dtype and torch.equal(adapted[name], weight.to(dtype))
+    sum(adapted[name].float().square().sum() for name in text).backward()
+    own = {id(p) for p in parameters.of_text_encoder()}
+    moved = {id(p) for p in parameters.parameters() if p.grad is not None and p.grad.any()}
+    assert moved and moved <= own and len(own) < len(list(parameters.parameters()))
+    assert {id(p) for p in (*parameters.rotations(), *parameters.spectra())} >= own
