@@ -163,6 +163,20 @@ def test_samples_are_shown_at_every_quarter_and_change_nothing():
     assert losses == without and one.content_hash == plain.content_hash
 
 
+def test_samples_show_the_average_by_any_plan():
+    model, clip, vae = small_model(channels=3), small_clip(), pixel_vae()
+    with torch.inference_mode():
+        captions = [clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))]
+    samples = dataset.collect(dataset.encode([torch.rand(2, 16, 16, 3)], vae), captions)
+    shown = {}
+    for memory, ema in (("fast", 0.9), ("frugal", 0.9), ("frugal", 0.0)):
+        watcher, prompt = Watcher(8), SamplePrompt(clip, vae, "a cat", 1)
+        run(model, 8, samples=samples, progress=watcher, prompt=prompt, rate=0.1, memory=memory, ema=ema)
+        shown[memory, ema] = torch.stack([torch.tensor(list(image.tobytes())) for _, image in watcher.previews])
+    assert (shown["fast", 0.9] - shown["frugal", 0.9]).abs().max() <= 1
+    assert (shown["frugal", 0.0] - shown["frugal", 0.9]).abs().max() > 1
+
+
 def test_a_failed_sample_is_told_and_not_fatal():
     model, clip = small_model(), small_clip()
     before = weights(model)

@@ -278,13 +278,13 @@ class _Watch:
         self.progress.step(step, loss)
         prompt = self.prompt
         if prompt is not None and prompt.due(step, self.run.settings.steps):
-            with torch.no_grad(), self.run.settled():
-                self.injection.weights = weights = self.run.parameters()
-            if self.text is not None:
-                self.text.weights = weights
-                prompt = replace(prompt, clip=self.text.clip)  # to be encoded anew
             shape = tuple(self.samples[0].latent.shape)
-            show_sample(self.patcher, prompt, shape, step, self.progress, self.reload)
+            with torch.no_grad(), self.run.settled():  # to the end: some plans make the weights where they are needed
+                self.injection.weights = weights = self.run.parameters()
+                if self.text is not None:
+                    self.text.weights = weights
+                    prompt = replace(prompt, clip=self.text.clip)  # to be encoded anew
+                show_sample(self.patcher, prompt, shape, step, self.progress, self.reload)
 
 
 def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
