@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
+from torch import library
 
 from ...training.recompute import INPLACE, copying
 
@@ -47,7 +48,7 @@ def _register_derivatives() -> None:
         return
     for name in FUSED:
         if hasattr(rope, name) and hasattr(torch.ops.comfy_kitchen, name):
-            torch.library.register_autograd(
+            library.register_autograd(
                 f"comfy_kitchen::{name}", _backward(getattr(rope, name)), setup_context=_keep_inputs
             )
 
