@@ -33,14 +33,14 @@ def fp8_patcher(name: str, small: bool):
     fp8 = torch.float8_e4m3fn
     config = getattr(comfy.supported_models, class_name)({**unet, **(SMALL if small else {}), "dtype": fp8})
     config.set_inference_dtype(fp8, torch.bfloat16)
+    device = comfy.model_management.get_torch_device()
     with torch.inference_mode():
         model = config.get_model({}, "", device=torch.device("cpu"))
         for key, parameter in model.named_parameters():
             matrix = parameter.ndim > 1
             fan_in = parameter.shape[1:].numel() if matrix else 1
-            numbers = torch.randn(parameter.shape) * fan_in**-0.5 if matrix else float(key.endswith("weight"))
-            parameter.data = torch.zeros(parameter.shape).add_(numbers).to(fp8)
-    device = comfy.model_management.get_torch_device()
+            numbers = torch.full(parameter.shape, float(key.endswith("weight")), device=device)
+            parameter.data = (numbers.normal_(0, fan_in**-0.5) if matrix else numbers).to(fp8).cpu()
     return comfy.model_patcher.ModelPatcher(model, device, torch.device("cpu"))
 
 
