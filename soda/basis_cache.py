@@ -30,8 +30,8 @@ from .precision import CPU
 
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
 DISK_BYTES = 8 << 30
-READ_RATE = 1e9  # bytes of bases a second
-HASH_THREADS = 4  # hashing and reading let other threads run
+READ_RATE = 2e9  # bytes of bases a second
+HASH_THREADS = min(8, os.cpu_count() or 1)  # hashing and reading let other threads run
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
 
