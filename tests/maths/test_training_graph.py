@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from soda.training.graph import EAGER, Graphs, _form, _mapped, _tensors
 from soda.training.parameters import SodaParameters
 from soda.training.run import Losses, TrainingRun
