@@ -59,7 +59,8 @@ def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations) -> Te
     """The weight `(out, in)` with these spectra and rotations, fp32 (fp64 for an fp64 weight)."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.to(dtype)
-    total = w.clone() if spectra else w
+    svd = any(spectrum.decomposition == "svd" for spectrum in spectra)  # D follows from w
+    total = w.clone() if svd or (spectra and w is weight) else w
     for spectrum in spectra:
         add_spectral_change(total, *spectrum, w)
     return turns.output.turn(turns.input.turn(total).mT).mT

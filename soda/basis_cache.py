@@ -115,9 +115,15 @@ class BasisCache:
                     if basis is not None:
                         yield name, basis
 
-    def hashes(self, weights: Mapping[str, Tensor], owner: object = None) -> dict[str, str]:
-        """`weight_hash` of every weight; see `bases` for the owner."""
-        samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
+    def hashes(
+        self, weights: Mapping[str, Tensor], owner: object = None, samples: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """`weight_hash` of every weight; see `bases` for the owner.
+
+        `samples`: a digest of each weight that changes with it, where looking at the weight itself costs more.
+        """
+        if samples is None:
+            samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
         known = {name: self._known.get((id(owner), name)) for name in samples}
         found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
         new = [name for name in weights if name not in found]
