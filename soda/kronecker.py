@@ -28,7 +28,10 @@ def factor_sizes(dimension: int, count: int) -> tuple[int, ...]:
 
     Three factors of 640, 768, 1280 and 2048 are the official ones; everything else is the factorisation of least sum
     (the most even one, with the fewest numbers), the first in order among equals. A prime gives (1, ..., 1, prime).
+    Raises ValueError for a dimension below 1, or a count that is not 1 to 5.
     """
+    if dimension < 1:
+        raise ValueError(f"a dimension of {dimension} has no factor sizes; give 1 or more")
     if not 1 <= count <= MAX_FACTORS:
         raise ValueError(f"{count} factors asked for; 1 to {MAX_FACTORS} are possible")
     if count == 3 and dimension in OFFICIAL_SIZES:

@@ -7,7 +7,6 @@ import logging
 import weakref
 
 import comfy.weight_adapter
-import folder_paths
 import model_zoo
 import pytest
 import torch
@@ -28,15 +27,7 @@ from test_fit import sketched
 
 import nodes as comfy_nodes
 
-
-@pytest.fixture(autouse=True)
-def loras(tmp_path):
-    """The class registered, and a loras folder for one test."""
-    stock.register()
-    folder_paths.add_model_folder_path("loras", str(tmp_path))
-    yield tmp_path
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(tmp_path))
-    folder_paths.filename_list_cache.pop("loras", None)
+pytestmark = pytest.mark.usefixtures("loras")
 
 
 def through_core(model, folder, one, strength=1.0, clip=None, strength_clip=1.0):
