@@ -36,12 +36,13 @@ def newton_schulz(
     """
     tolerance = 2 * torch.finfo(ms[0].dtype).eps
     squares = [(len(m), m.shape[-1], m.shape[-1]) for m in ms]
-    ss, eyes = scratch.take(0, ms[0], squares), [scratch.eye(m) for m in ms]
+    ss = scratch.take(0, ms[0], squares)
     errors, here, there, active = list(errors), list(ms), list(outs), list(range(len(ms)))
     while active:
         ts, second, unfinished = list(ss), [], []
         for i in active:
-            torch.baddbmm(eyes[i], here[i].mT, here[i], beta=-1, out=ss[i])
+            torch.bmm(here[i].mT, here[i], out=ss[i])
+            ss[i].diagonal(dim1=-2, dim2=-1).sub_(1)
             row, error = _look(ss[i], errors[i], tolerance)
             first_left, second_left = (shrinkage(order, error) * row**2 for order in (1, 2))
             if first_left > tolerance >= second_left:

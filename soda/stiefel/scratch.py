@@ -17,7 +17,6 @@ class Scratch:
     def __init__(self) -> None:
         self._pieces: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._parts: dict[tuple, list[Tensor]] = {}
-        self._eyes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, piece: int, like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Piece 0, 1 or 2 as contiguous tensors of `shapes`, uninitialised, with the dtype and device of `like`."""
@@ -32,10 +31,3 @@ class Scratch:
             parts = self._pieces[key][: sum(rooms)].split(rooms)
             self._parts[asked] = [p[:count].view(shape) for p, count, shape in zip(parts, counts, shapes, strict=True)]
         return list(self._parts[asked])
-
-    def eye(self, like: Tensor) -> Tensor:
-        """I of as many columns as `like` has, in its dtype on its device; not to be written to."""
-        key = like.shape[-1], like.dtype, like.device
-        if key not in self._eyes:
-            self._eyes[key] = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        return self._eyes[key]

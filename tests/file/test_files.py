@@ -178,7 +178,7 @@ WRONG = {
     "no tensors": ({}, "no SODA layer"),
     "nan": (good_tensors() | {"x.to_q.soda_lq": NAN}, "x.to_q.soda_lq.*NaN"),
     "inf": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([float("inf")])}, "x.to_q.soda_log_R0.*infinite"),
-    "angle": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([1e30])}, "x.to_q.soda_log_R0.*angle of 1e"),
+    "angle": (good_tensors() | {"x.to_q.soda_log_R0": torch.tensor([-1001.0])}, "x.to_q.soda_log_R0.*angle of 1001"),
     "dtype": (good_tensors() | {"x.to_q.soda_lq": torch.zeros(24, dtype=torch.int32)}, "soda_lq.*I32"),
     "shape": (good_tensors() | {"x.to_q.soda_lq": torch.zeros(4, 6)}, r"soda_lq.*\(4, 6\)"),
     "scalar": (good_tensors() | {"x.to_q.soda_log_R0": torch.zeros(())}, r"soda_log_R0.*\(\)"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -9,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soda.adapt import adapt
+from soda.adapt import adapt, changed
 from soda.adapter import Adapter
 from soda.decomposition import decompose
 from soda.errors import SodaMixError
 from soda.kronecker import factor_sizes
 from soda.mixing import mix
+from soda.precision import CPU
+from soda.rotation import rotations
 
 KINDS = ("lq", "svd", "qr", "none")
 TERMS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 4), st.floats(-1.5, 1.5)), min_size=1, max_size=4)
@@ -154,6 +157,19 @@ def test_strength_moves_the_spectrum_in_a_straight_line(make_layer, kind, shape)
         expected = numpy.linalg.svd(w.numpy() + change, compute_uv=False)
         got = torch.linalg.svdvals(adapt(w, [layer.scaled(strength)], bases))
         torch.testing.assert_close(got, torch.from_numpy(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("strength", [-1.5, 0.0, 0.4, 2.0])
+@pytest.mark.parametrize("sizes", [[(3, 6)], [(3, 6), (3, 6)], [(3, 6), (2, 9), (3, 6)]])
+def test_rotations_at_a_strength(make_layer, strength, sizes):
+    """Of equal and of unlike factor sizes, on both sides of one weight."""
+    w = weight((12, 18), 3)
+    layers = [make_layer("none", (12, 18), form, seed) for seed, form in enumerate(sizes)]
+    layers += [make_layer("qr", (12, 18), form, 7) for form in ((3, 4), (2, 6))[: len(sizes)]]
+    still = [replace(layer, delta=None if layer.delta is None else torch.zeros(12)) for layer in layers]
+    expected = naive_adapt(w, [plain(layer, strength) for layer in still])
+    found = changed(w, [], rotations({"a": still}, strength, CPU, torch.float64)["a"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("strength", [-3.0, 0.3, 10.0])

@@ -71,6 +71,14 @@ def test_bases_of_inference_tensors_can_be_trained_with():
     (factor[:, None] * found["a"].right).sum().backward()
 
 
+@pytest.mark.parametrize("ratio, fast", [(1.0, True), (7.9, True), (8.1, False), (64.0, False)])
+def test_a_device_is_fast_in_fp64_up_to_8_times_the_time(monkeypatch, ratio, fast):
+    times = {torch.float32: 1.0, torch.float64: ratio}
+    monkeypatch.setattr(precision, "has_fp64", lambda device: True)
+    monkeypatch.setattr(precision, "_seconds", lambda run, repeats: times[run.args[0].dtype])
+    assert is_fast_in_fp64.__wrapped__(torch.device("meta")) == fast
+
+
 def test_where_a_device_is_slow_or_lacks_fp64(monkeypatch):
     gpu, cleared = torch.device("cuda", 7), [has_fp64, is_fast_in_fp64, solver_device]
     assert solver_device(CPU, "svd") == CPU and has_fp64(CPU) and is_fast_in_fp64(CPU)
