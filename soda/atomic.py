@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import SodaFileError
 
 PART = ".soda-part"
@@ -41,7 +43,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):  # the latter is how safetensors reports a full disk
             raise SodaFileError(f"{path}: the file cannot be written ({error}); check the free space") from error
         raise
 
