@@ -1,4 +1,6 @@
-"""The two commands of this repository; they need nothing but Python 3.10 or newer and pip.
+"""The two commands of this repository.
+
+They need nothing but Python 3.10 or newer and pip:
 
     python run.py demo     a real ComfyUI trains, saves, loads, mixes and samples SODA adapters
     python run.py test     every test, against that same ComfyUI and a real browser

@@ -55,13 +55,12 @@ class Case:
         name, unet = SMALL if self.small else MODELS["sdxl"]
         config = getattr(comfy.supported_models, name)(dict(unet, dtype=torch.float16))
         config.set_inference_dtype(torch.float16, torch.float32 if self.device.type == "cpu" else None)
-        with torch.inference_mode():
-            model = config.get_model({}, "", device=torch.device("cpu"))
-            generator = torch.Generator(self.device).manual_seed(0)
-            for key, parameter in model.named_parameters():
-                if key not in self.state:
-                    self.state[key] = self._numbers(key, parameter, generator)
-                parameter.data = self.state[key].clone()
+        model = config.get_model({}, "", device=torch.device("cpu"))
+        generator = torch.Generator(self.device).manual_seed(0)
+        for key, parameter in model.named_parameters():
+            if key not in self.state:
+                self.state[key] = self._numbers(key, parameter, generator)
+            parameter.data = self.state[key].clone()
         return comfy.model_patcher.ModelPatcher(model, load_device=self.device, offload_device=torch.device("cpu"))
 
     def _numbers(self, key: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -216,14 +215,13 @@ def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
     dtype = model.get_dtype_inference()
     patched.patch_model(case.device, lowvram_model_memory=1)
     assert model.model_lowvram and model.lowvram_patch_counter
-    with torch.inference_mode():
-        x = torch.randn(2, 4, size, size, device=case.device)
-        inputs = {
-            "c_crossattn": torch.randn(2, 77, context, device=case.device, dtype=dtype),
-            "y": torch.randn(2, 2816, device=case.device, dtype=dtype),
-        }
-        sigma = torch.ones(2, device=case.device)
-        times = [seconds(lambda: model.apply_model(x, sigma, **inputs))[0] for _ in range(1 + ROUNDS)]
+    x = torch.randn(2, 4, size, size, device=case.device)
+    inputs = {
+        "c_crossattn": torch.randn(2, 77, context, device=case.device, dtype=dtype),
+        "y": torch.randn(2, 2816, device=case.device, dtype=dtype),
+    }
+    sigma = torch.ones(2, device=case.device)
+    times = [seconds(lambda: model.apply_model(x, sigma, **inputs))[0] for _ in range(1 + ROUNDS)]
     patched.unpatch_model(torch.device("cpu"))
     return statistics.median(times[1:])
 
@@ -247,7 +245,8 @@ def main() -> None:
         args.cpu = device.type == "cpu"
         with tempfile.TemporaryDirectory() as folder:
             args.base_directory = folder
-            result = measure(arguments.side, Case(device, arguments.small, Path(folder)))
+            with torch.inference_mode():  # as ComfyUI runs nodes
+                result = measure(arguments.side, Case(device, arguments.small, Path(folder)))
         print(json.dumps(result))
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

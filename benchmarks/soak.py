@@ -1,11 +1,12 @@
 """Many workflows drawn at random against one real ComfyUI server: is each result what it is alone, does memory stay?
 
 Runs `--count` prompts of tests/server/random_prompts.py; now and then models are unloaded, a prompt is interrupted,
-one is refused. Every `--compare`-th result is computed again by a second server that keeps no results of nodes and next
-to no bases, in another order, and compared bit for bit. Memory and open files of the first server are printed
+one is refused. Every `--compare`-th result is computed again by a second server that keeps no results of nodes and no
+bases, in another order, and compared bit for bit. Memory and open files of the first server are printed
 on the way.
 
     COMFYUI_PATH=path/to/ComfyUI python benchmarks/soak.py [--count 1000] [--arguments=--cache-classic]
+    ... benchmarks/soak.py --plain         # ordinary LoRAs in place of all SODA: what ComfyUI itself takes
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "server")]
 
 from prompts import Playground, Prompt, latent_of  # noqa: E402
-from random_prompts import KEEP_LITTLE, Drawn, PreparedServer, draw, usage  # noqa: E402
+from random_prompts import KEEP_NOTHING, Drawn, PreparedServer, draw, usage  # noqa: E402
 
 from runner.client import Client, PromptFailed, Refused  # noqa: E402
 
@@ -72,9 +73,9 @@ def disturb(client: Client, drawn: Drawn, chance: random.Random) -> None:
             assert "none_of_that_name" in error.body, error.body
 
 
-def soak(count: int, compare: int, seed: int, arguments: list[str]) -> int:
+def soak(count: int, compare: int, seed: int, plain: bool, arguments: list[str]) -> int:
     chance, events = random.Random(seed), random.Random(seed + 1)
-    drawn, found = [draw(chance) for _ in range(count)], {}
+    drawn, found = [draw(chance, plain) for _ in range(count)], {}
     print(Counter(len(d.prompt) for d in drawn), Counter(word for d in drawn for word in d.about.split()))
     with start("one", *arguments) as running, Client(running) as client:
         gauge = Gauge(running)
@@ -89,7 +90,7 @@ def soak(count: int, compare: int, seed: int, arguments: list[str]) -> int:
     numbers = list(range(0, count, compare))
     random.Random(seed + 2).shuffle(numbers)
     unlike = 0
-    with start("fresh", "--cache-none", settings=KEEP_LITTLE) as running, Client(running) as client:
+    with start("fresh", "--cache-none", settings=KEEP_NOTHING) as running, Client(running) as client:
         for number in numbers:
             fresh = latent(client, drawn[number])
             if not torch.equal(fresh, found[number]):
@@ -105,9 +106,10 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--compare", type=int, default=10, metavar="N", help="every how manieth result")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="no SODA nodes and files")
     parser.add_argument("--arguments", nargs="*", default=[], help="more arguments of the first server")
     chosen = parser.parse_args()
-    return int(soak(chosen.count, chosen.compare, chosen.seed, chosen.arguments) > 0)
+    return int(soak(chosen.count, chosen.compare, chosen.seed, chosen.plain, chosen.arguments) > 0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Real ComfyUI classes at real size with random weights, bf16, on a GPU. Each side runs in a process of its own. A step is
 the difference of two run lengths, set-up left out; of the frozen model and the LoRA loop it is timed directly. Peak is
-torch's own count of allocated memory, the model included.
+torch's own count of allocated memory, the model included. SHORT is long enough for a step to have been recorded.
 
     PYTHONPATH=path/to/ComfyUI python benchmarks/train_step.py [--model sdxl] [--size 1024] [--batch 1]
 """
@@ -37,7 +37,7 @@ MODELS = {
         "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "transformer_depth_middle": 1,
         "context_dim": 768, "use_linear_in_transformer": False, "adm_in_channels": None, "num_heads": 8}),
 }  # fmt: skip
-SHORT, LONG = 4, 24
+SHORT, LONG = 6, 26
 GIB = 1 << 30
 
 
@@ -98,7 +98,7 @@ class Case:
 
 
 def by_lengths(run: Callable[[int], object]) -> dict[str, float]:
-    """ms per step from two run lengths; set-up and first steps together in s."""
+    """ms per step from two run lengths; the first run in s, and what a later one takes beside its steps."""
 
     def seconds(steps: int) -> float:
         torch.cuda.synchronize()
@@ -110,7 +110,8 @@ def by_lengths(run: Callable[[int], object]) -> dict[str, float]:
     first = seconds(SHORT)
     torch.cuda.reset_peak_memory_stats()
     short, long = seconds(SHORT), seconds(LONG)
-    return {"ms": 1e3 * (long - short) / (LONG - SHORT), "first": first}
+    step = (long - short) / (LONG - SHORT)
+    return {"ms": 1e3 * step, "first": first, "setup": max(long - LONG * step, 0.0)}
 
 
 def core(case: Case, bypass: bool) -> dict[str, float]:
@@ -194,7 +195,7 @@ def direct(case: Case, lora: bool) -> dict[str, float]:
         for i in range(SHORT, LONG):
             step(i)
         torch.cuda.synchronize()
-    return {"ms": 1e3 * (time.perf_counter() - start) / (LONG - SHORT), "first": 0.0}
+    return {"ms": 1e3 * (time.perf_counter() - start) / (LONG - SHORT), "first": 0.0, "setup": 0.0}
 
 
 SIDES: dict[str, Callable[[Case], dict[str, float]]] = {
@@ -227,7 +228,7 @@ def main() -> None:
         return
     shape = [f"--{name}={getattr(arguments, name)}" for name in ("model", "size", "batch")]
     print(f"{arguments.model}, {arguments.size} px, batch {arguments.batch}, bf16, {torch.cuda.get_device_name()}\n")
-    print(f"{'':30}{'ms a step':>10}{'peak GiB':>10}{f'first {SHORT} steps, s':>20}")
+    print(f"{'':30}{'ms a step':>10}{'peak GiB':>10}{f'first {SHORT} steps, s':>20}{'set-up again, s':>20}")
     for side in SIDES:
         command = [sys.executable, __file__, *shape, "--side", side]
         child = subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -236,7 +237,7 @@ def main() -> None:
             print(child.stderr, file=sys.stderr)
             continue
         row = json.loads(child.stdout.strip().splitlines()[-1])
-        print(f"{side:30}{row['ms']:10.1f}{row['peak']:10.2f}{row['first']:20.1f}", flush=True)
+        print(f"{side:30}{row['ms']:10.1f}{row['peak']:10.2f}{row['first']:20.1f}{row['setup']:20.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ INKS = {
     "brown": (0.42, 0.26, 0.14), "navy": (0.06, 0.09, 0.32), "lavender": (0.8, 0.74, 0.96), "mint": (0.7, 0.93, 0.8),
 }  # fmt: skip
 OBJECT_INKS = torch.tensor([INKS[c] for c in ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")])
-GROUND_INKS = torch.tensor(
-    [INKS[c] for c in ("white", "black", "gray", "beige", "brown", "navy", "lavender", "mint")]
-)
+GROUND_INKS = torch.tensor([INKS[c] for c in ("white", "black", "gray", "beige", "brown", "navy", "lavender", "mint")])
 
 
 def _bodies(x: Tensor, y: Tensor) -> Tensor:

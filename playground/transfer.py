@@ -1,12 +1,12 @@
 """Does an adapter trained on a base A still work on a fine-tune B of it? SODA files and LoRAs on both.
 
-    PYTHONPATH=path/to/ComfyUI python -m playground.transfer --out DIR
+    PYTHONPATH=path/to/ComfyUI python -m playground.transfer --out DIR [--device cuda --samples 100]
 
 B is the playground after a short full fine-tune on drawings in another style that their captions do not tell, as
 checkpoints that people share have a look of their own. The subject and the style that ship, `svd` adapters and LoRAs,
 trained on A on the same weights with the same drawings, steps and noise, are then judged on A and on B by the
-measures of `bench`. Written for a CPU: fewer samples and sampling steps than there. `transfer.jsonl` in DIR gets a row
-for each concept, method and base.
+measures of `bench`; on a CPU with fewer samples and steps. `transfer.jsonl` in DIR gets a row for each concept,
+method and base.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def fine_tune(bench: Bench, steps: int, batch: int, rate: float) -> dict[str, Te
         scenes["style"] = torch.zeros_like(scenes["style"])
         texts = ["" if i % 10 == 9 else caption(scenes, i, generator) for i in range(batch)]
         scenes["style"] = torch.full_like(scenes["style"], STYLES.index(LOOK))
-        images = draw(scenes) * 2 - 1
+        images = (draw(scenes) * 2 - 1).to(bench.device)
         noise, t = torch.randn(images.shape, generator=generator), torch.rand(batch, generator=generator)
         with torch.no_grad():
             contexts = bench.encode(texts)
         for group in optimizer.param_groups:
             group["lr"] = rate * share(step, steps)
         optimizer.zero_grad()
-        loss = bench.error(weights, images, contexts, noise, t).mean()
+        loss = bench.error(weights, images, contexts, noise.to(bench.device), t.to(bench.device)).mean()
         loss.backward()
         optimizer.step()
         if step % 25 == 0:
@@ -72,8 +72,8 @@ def train_lora(bench: Bench, run: Run, rank: int, rate: float, seed: int = 0) ->
     loss = bench.loss_fn(*training_set(run.concept), run.batch, seed)
     generator = torch.Generator().manual_seed(seed)
     targets = {key: w for key, w in bench.base.items() if TARGETS[run.kind] in key}
-    pairs = {k: (torch.zeros(len(w), rank), torch.randn(rank, w.shape[1], generator=generator) / w.shape[1] ** 0.5)
-             for k, w in targets.items()}  # fmt: skip
+    drawn = {k: torch.randn(rank, w.shape[1], generator=generator) / w.shape[1] ** 0.5 for k, w in targets.items()}
+    pairs = {k: (torch.zeros(len(w), rank, device=bench.device), drawn[k].to(bench.device)) for k, w in targets.items()}
     parameters = [p.requires_grad_() for pair in pairs.values() for p in pair]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     for step in range(run.steps):
@@ -95,9 +95,9 @@ def with_change_of(bench: Bench, adapter: Adapter, base: Weights) -> Weights:
     weights = dict(base)
     for key, terms in adapter.layers.items():
         (term,) = terms
-        basis = decompose(bench.base[key], term.decomposition)
-        changed = base[key] + spectral_change(basis, term.delta, bench.base[key])
-        weights[key] = adapt(changed, rotation_only({key: terms})[key], {})
+        trained_on = bench.base[key].cpu()
+        change = spectral_change(decompose(trained_on, term.decomposition), term.delta, trained_on)
+        weights[key] = adapt(base[key].cpu() + change, rotation_only({key: terms})[key], {}).to(bench.device)
     return weights
 
 
@@ -118,9 +118,9 @@ def spectrum_error(adapter: Adapter, there: Adapter, a: Weights, b: Weights) -> 
     """||D_b(there) - D_a(adapter)|| / ||D_a(adapter)|| over all layers."""
     lost = whole = 0.0
     for key, (term,) in adapter.layers.items():
-        kind = term.decomposition
-        wanted = spectral_change(decompose(a[key], kind), term.delta, a[key])
-        found = spectral_change(decompose(b[key], kind), there.layers[key][0].delta, b[key])
+        kind, here, other = term.decomposition, a[key].cpu(), b[key].cpu()
+        wanted = spectral_change(decompose(here, kind), term.delta, here)
+        found = spectral_change(decompose(other, kind), there.layers[key][0].delta, other)
         lost, whole = lost + float((found - wanted).square().sum()), whole + float(wanted.square().sum())
     return (lost / whole) ** 0.5
 
@@ -168,6 +168,7 @@ def ways_out(a: Bench, b: Bench, adapter: Adapter, kind: str, judged: Callable[.
 def main() -> None:
     parser = argparse.ArgumentParser(description="Adapters of one base on a fine-tune of it.")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=150, help="of the fine-tune")
     parser.add_argument("--batch", type=int, default=16, help="of the fine-tune")
     parser.add_argument("--rate", type=float, default=2e-4, help="of the fine-tune")
@@ -177,9 +178,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=RUNS, default=list(RUNS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    a = Bench("cpu", steps=10, samples=options.samples)
+    a = Bench(options.device, steps=10 if options.device == "cpu" else 20, samples=options.samples)
     kept = options.out / "fine_tune.pt"
-    tuned = torch.load(kept, weights_only=True) if kept.exists() else (
+    tuned = torch.load(kept, weights_only=True, map_location=a.device) if kept.exists() else (
         fine_tune(a, options.steps, options.batch, options.rate)
     )  # fmt: skip
     torch.save(tuned, kept)

@@ -49,8 +49,9 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
 
     options, chosen = _split(pytest_arguments)
     problems = _unlisted_folders()
-    if process.run(environment.python, ["-m", "ruff", "check", str(REPOSITORY)], environment=variables) != 0:
-        problems.append("ruff: see its findings above")
+    for check in (["check"], ["format", "--check"]):
+        if process.run(environment.python, ["-m", "ruff", *check, str(REPOSITORY)], environment=variables) != 0:
+            problems.append(f"ruff {check[0]}: see its findings above")
     if _check_types(environment.python, variables, tools) != 0:
         problems.append("mypy: see its findings above")
     counts = Counter()

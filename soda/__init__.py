@@ -1,5 +1,7 @@
 """SODA: spectral orthogonal decomposition adaptation (arXiv 2405.21050) for the weights of diffusion models.
 
+Load, mix and apply, with no host:
+
     adapter = soda.load("style.safetensors")
     mixed = soda.mix([(adapter, 0.8), (soda.load("subject.safetensors"), 1.0)])
     weight = soda.adapt(weight, mixed.layers[name], {"lq": soda.decompose(weight, "lq")})

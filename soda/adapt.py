@@ -24,12 +24,13 @@ class Spectrum(NamedTuple):
 
 
 def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition, Basis]) -> Tensor:
-    """The adapted weight `(out, in)`, fp32 (fp64 for an fp64 weight), on the weight's device.
+    """W = R_out (W0 + sum D) R_in^T `(out, in)`, fp32 (fp64 for an fp64 weight), on the weight's device.
 
+    weight: W0. bases: `decompose(weight, ...)` by decomposition, for terms with a delta, on the weight's device.
     lq, svd and none turn the input side, qr the output side. Terms of equal factor sizes on a side add their
     logarithms, which keeps R a Kronecker product; unlike sizes have no common small form and go through the dense
     exp(sum log R_i). If no term changes anything, the weight itself is returned, bit for bit.
-    Raises SodaMixError if a term's spectrum or dimension is not the weight's.
+    Raises SodaMixError if a term's spectrum or dimension is not the weight's, or its basis is not there.
     """
     terms = [layer for layer in layers if not layer.is_zero()]
     if not terms:
@@ -49,6 +50,11 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
             raise SodaMixError(
                 f"a spectrum of {term.delta.numel()} numbers does not fit a weight {tuple(weight.shape)}"
             )
+        if term.decomposition not in bases:
+            raise SodaMixError(
+                f"there is no {term.decomposition} basis of the weight; give soda.decompose(weight, "
+                f"{term.decomposition!r}) with the bases"
+            )
         basis = bases[term.decomposition]
         delta = torch.where(basis.live, term.delta.to(basis.live.device), 0.0).to(weight.device, dtype)
         spectra.append(Spectrum(term.decomposition, basis.left, basis.right, delta))
@@ -59,7 +65,8 @@ def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations) -> Te
     """The weight `(out, in)` with these spectra and rotations, fp32 (fp64 for an fp64 weight)."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.to(dtype)
-    total = w.clone() if spectra else w
+    svd = any(spectrum.decomposition == "svd" for spectrum in spectra)  # D follows from w
+    total = w.clone() if svd or (spectra and w is weight) else w
     for spectrum in spectra:
         add_spectral_change(total, *spectrum, w)
     return turns.output.turn(turns.input.turn(total).mT).mT

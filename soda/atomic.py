@@ -32,7 +32,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:100]}.", suffix=PART)
         os.close(handle)
     except OSError as error:
-        raise SodaFileError(f"{path}: the file cannot be written ({error}); check the folder") from error
+        raise SodaFileError(
+            f"{path}: the file cannot be written ({error.strerror or error}); check the folder"
+        ) from error
     temporary = Path(name)
     try:
         write(temporary)
@@ -44,7 +46,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, (OSError, SafetensorError)):  # the latter is how safetensors reports a full disk
-            raise SodaFileError(f"{path}: the file cannot be written ({error}); check the free space") from error
+            remedy = "this is a folder, name a file in it" if path.is_dir() else "check the free space"
+            said = getattr(error, "strerror", None) or error
+            raise SodaFileError(f"{path}: the file cannot be written ({said}); {remedy}") from error
         raise
 
 

@@ -30,8 +30,8 @@ from .precision import CPU
 
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
 DISK_BYTES = 8 << 30
-READ_RATE = 1e9  # bytes of bases a second
-HASH_THREADS = 4  # hashing and reading let other threads run
+READ_RATE = 2e9  # bytes of bases a second
+HASH_THREADS = min(8, os.cpu_count() or 1)  # hashing and reading let other threads run
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -115,9 +115,15 @@ class BasisCache:
                     if basis is not None:
                         yield name, basis
 
-    def hashes(self, weights: Mapping[str, Tensor], owner: object = None) -> dict[str, str]:
-        """`weight_hash` of every weight; see `bases` for the owner."""
-        samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
+    def hashes(
+        self, weights: Mapping[str, Tensor], owner: object = None, samples: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """`weight_hash` of every weight; see `bases` for the owner.
+
+        `samples`: a digest of each weight that changes with it, where looking at the weight itself costs more.
+        """
+        if samples is None:
+            samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
         known = {name: self._known.get((id(owner), name)) for name in samples}
         found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
         new = [name for name in weights if name not in found]

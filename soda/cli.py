@@ -108,7 +108,8 @@ def _describe(adapter: Adapter) -> str:
     """A few lines for people."""
     layers = summarise(adapter)
     known = adapter.metadata
-    lines = [f"{len(layers)} layers, {', '.join(sorted({layer.decomposition for layer in layers}))}; {adapter.role}"]
+    count = f"{len(layers)} layer{'s' if len(layers) > 1 else ''}"
+    lines = [f"{count}, {', '.join(sorted({layer.decomposition for layer in layers}))}; {adapter.role}"]
     for title, key in (("title", "modelspec.title"), ("base", "soda.base_model"), ("for", "modelspec.architecture"),
                        ("trigger words", "modelspec.trigger_phrase"), ("mix of", "modelspec.merged_from"),
                        ("training", "soda.training")):  # fmt: skip
@@ -140,7 +141,9 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _mix(options: argparse.Namespace) -> int:
-    parts = [(load(file), weight) for file, weight in map(_part, options.parts)]
+    files = [_part(part) for part in options.parts]
+    _keep(options.output, [file for file, _ in files])
+    parts = [(load(file), weight) for file, weight in files]
     title = Path(options.output).stem
     mixed = mix(parts, title, options.operator)
     mixed = Adapter(mixed.layers, label(mixed.metadata, title=title), title)
@@ -155,14 +158,21 @@ def _part(text: str) -> tuple[str, float]:
     try:
         return (file, float(weight)) if file else (text, 1.0)
     except ValueError:
+        if Path(file).is_file():
+            raise SodaError(f"{text}: {weight!r} is no weight; give a number, as in {file}:0.8") from None
         return text, 1.0
 
 
-def _convert(options: argparse.Namespace) -> int:
-    source, output = options.file, options.output
-    for given in (source, options.base, options.onto):
-        if given and Path(given).exists() and Path(output).exists() and os.path.samefile(given, output):
+def _keep(output: str, sources: Sequence[str | None]) -> None:
+    """Raises SodaFileError if the output is one of the files that it is made from."""
+    for source in sources:
+        if source and Path(source).exists() and Path(output).exists() and os.path.samefile(source, output):
             raise SodaFileError(f"{output}: the result would replace what it is made from; give another --output")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    source = options.file
+    _keep(options.output, [source, options.base, options.onto])
     base = BaseWeights(options.base) if options.base else None
     official = Path(source).suffix.lower() in (".pt", ".pth", ".bin")
     if base is None and (official or options.onto or options.to in ("diff", "lora")):
@@ -232,4 +242,4 @@ def _tell(options: argparse.Namespace, about: Mapping[str, object]) -> None:
     if options.json:
         print(json.dumps({"file": options.output, "bytes": size, **about}))
     else:
-        print(f"{options.output}: {size / 1e6:.1f} MB")
+        print(f"{options.output}: {size / 1e6:.1f} MB" if size >= 1e5 else f"{options.output}: {size / 1e3:.1f} kB")

@@ -191,18 +191,20 @@ def complete(basis: Basis, weight: Tensor) -> Basis:
     """
     if basis.decomposition != "svd":
         return basis
-    if basis.right is None and basis.left is not None:
-        return replace(basis, right=_other_side(basis.left.mT, weight, basis.live))
-    if basis.left is None and basis.right is not None:
-        return replace(basis, left=_other_side(basis.right, weight.mT, basis.live).mT)
+    with full_fp32():
+        if basis.right is None and basis.left is not None:
+            return replace(basis, right=_other_side(basis.left.mT, weight, basis.live))
+        if basis.left is None and basis.right is not None:
+            return replace(basis, left=_other_side(basis.right, weight.mT, basis.live).mT)
     return basis
 
 
 def _other_side(kept: Tensor, w: Tensor, live: Tensor) -> Tensor:
-    """The rows of kept W, scaled to length 1: lengths from the product itself leave errors of S out."""
+    """The rows of kept W, scaled to length 1: lengths from the product itself leave errors of S out.
+
+    To be called within `full_fp32`."""
     dtype = torch.promote_types(kept.dtype, w.dtype)
-    with full_fp32():
-        other = F.normalize(kept.to(dtype) @ w.to(dtype), dim=-1, eps=torch.finfo(dtype).tiny)
+    other = F.normalize(kept.to(dtype) @ w.to(dtype), dim=-1, eps=torch.finfo(dtype).tiny)
     return torch.where(live[..., None], other, 0.0)
 
 
@@ -234,10 +236,10 @@ def add_spectral_change(
     """
     if decomposition == "svd":
         live = delta != 0
-        left = _other_side(right, weight.mT, live).mT if left is None and right is not None else left
-        assert left is not None
-        right = _other_side(left.mT, weight, live) if right is None else right
         with full_fp32():
+            left = _other_side(right, weight.mT, live).mT if left is None and right is not None else left
+            assert left is not None
+            right = _other_side(left.mT, weight, live) if right is None else right
             total.addmm_((left * delta).to(total.dtype), right.to(total.dtype))
     elif right is not None:
         total[: len(delta)].addcmul_(delta[:, None], right)

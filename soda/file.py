@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .adapter import Adapter, Decomposition, Layer, factor_size
 from .atomic import replace_file
-from .errors import SodaFileError
+from .errors import SodaFileError, unreadable
 from .fingerprint import SKETCH_SIZE
 from .kronecker import MAX_FACTORS
 from .metadata import FORMAT_VERSION
@@ -56,9 +56,9 @@ def load(path: str | os.PathLike) -> Adapter:
             _check_names(path, file)
         # Into memory, not mapped: a mapped file cannot be replaced on Windows, and ends the process where it shrinks.
         tensors = from_bytes(path.read_bytes())
-    except FileNotFoundError:
-        raise SodaFileError(f"{path}: there is no such file; choose an existing SODA adapter") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error, "an existing SODA adapter") from None
+    except (SafetensorError, ValueError) as error:
         if isinstance(error, SodaFileError):
             raise
         raise SodaFileError(
@@ -188,7 +188,8 @@ def _check_header(path: Path) -> None:
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         raise SodaFileError(f"{path}: this is a pickle, which may run code and is never opened; ask for a .safetensors")
     raise SodaFileError(
-        f"{path}: this is no readable safetensors file (its header would take {length} bytes); download it again"
+        f"{path}: this is no readable safetensors file (its header would take {length} bytes); it may be of another "
+        "format. Download it again"
     )
 
 

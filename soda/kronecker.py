@@ -16,9 +16,10 @@ from torch import Tensor
 OFFICIAL_SIZES = {640: (8, 8, 10), 768: (6, 8, 16), 1280: (4, 16, 20), 2048: (4, 8, 64)}
 MAX_FACTORS = 5
 # Up to here one product with the dense R is as fast as two with its halves. On a CPU measured with 64 to 1280 rows on
-# 2 cores: dense wins 2 to 3 times at 64, draws at 96 and loses 2 to 5 times at 256. For GPUs a guess on the safe side.
-DENSE_DIMENSION_CPU = 96
+# one core: dense wins 4 times at 64, draws at 192 and loses 2 times at 320. For GPUs a guess on the safe side.
+DENSE_DIMENSION_CPU = 160
 DENSE_DIMENSION = 256
+BATCHED_COLUMNS = 16  # from here on a CPU's batched products of small matrices outrun one product and two copies
 
 
 @lru_cache(maxsize=1024)
@@ -27,7 +28,10 @@ def factor_sizes(dimension: int, count: int) -> tuple[int, ...]:
 
     Three factors of 640, 768, 1280 and 2048 are the official ones; everything else is the factorisation of least sum
     (the most even one, with the fewest numbers), the first in order among equals. A prime gives (1, ..., 1, prime).
+    Raises ValueError for a dimension below 1, or a count that is not 1 to 5.
     """
+    if dimension < 1:
+        raise ValueError(f"a dimension of {dimension} has no factor sizes; give 1 or more")
     if not 1 <= count <= MAX_FACTORS:
         raise ValueError(f"{count} factors asked for; 1 to {MAX_FACTORS} are possible")
     if count == 3 and dimension in OFFICIAL_SIZES:
@@ -101,21 +105,27 @@ def halves(factors: Sequence[Tensor]) -> list[Tensor]:
     return [kronecker(factors[:split]), kronecker(factors[split:])]
 
 
+def compact(factors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The same R as `rotate` uses it on a device: the two `halves`, or for a small N the dense R alone."""
+    parts = halves(factors)
+    dimension = math.prod(part.shape[-1] for part in parts)
+    small = dimension <= (DENSE_DIMENSION_CPU if device.type == "cpu" else DENSE_DIMENSION)
+    return [kronecker(parts)] if small or sum(part.shape[-1] for part in parts) > dimension else parts
+
+
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """x R^T, in x's dtype, for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions.
 
     As R = A x B of `halves`: a row as a matrix X (a, b) turns to A X B^T, a + b products per number instead of N. More
-    passes would save products and cost more in copies (on a CPU 2 to 20 times the time). Small N goes through the
-    dense R.
+    passes would save products and cost more in copies. Small N goes through the dense R.
     """
-    parts = halves(factors)
-    a, b = [1, *(part.shape[-1] for part in parts)][-2:]
-    dimension, on_cpu = a * b, x.device.type == "cpu"
-    if dimension <= (DENSE_DIMENSION_CPU if on_cpu else DENSE_DIMENSION) or a + b > dimension:
-        return x @ kronecker(parts).to(x.dtype).mT
+    parts = compact(factors, x.device)
+    if len(parts) == 1:
+        return x @ parts[0].to(x.dtype).mT
+    a, b = (part.shape[-1] for part in parts)
     first, second = (part.to(x.dtype) for part in parts)
     turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
-    if on_cpu and x.dim() == 2:
+    if x.device.type == "cpu" and x.dim() == 2 and b >= BATCHED_COLUMNS:
         return (first.unsqueeze(-3) @ turned).reshape(x.shape)  # without moving a number
     turned = turned.mT.reshape(*x.shape[:-2], -1, a) @ first.mT
     return turned.reshape(*x.shape[:-1], b, a).mT.reshape(x.shape)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from .adapter import Adapter
 from .atomic import replace_file
-from .errors import SodaError
+from .errors import SodaError, SodaFileError
 from .summary import LayerSummary, summarise
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ PALE = {"q": "#c2d1f0", "k": "#f4d4b2", "v": "#b7dfb9", "out": "#e2bee1", "other
 
 
 def draw(adapter: Adapter, path: str | os.PathLike) -> None:
-    """Write the picture as a PNG. Raises SodaError if Pillow is missing, SodaFileError if it cannot be written."""
+    """Write the picture as a PNG. Raises SodaError if Pillow is missing, SodaFileError where it cannot be."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise SodaFileError(f"{path}: the picture is a PNG; give a name that ends in .png")
     try:
         from PIL import Image, ImageDraw
     except ImportError:
@@ -46,7 +49,7 @@ def draw(adapter: Adapter, path: str | os.PathLike) -> None:
     _panel(canvas, TOP, layers, angles, "Rotation in degrees: root mean square of the angles; pale, the largest")
     spectra = [(layer.spectrum_rms or 0.0, 0.0) for layer in layers]
     _panel(canvas, below, layers, spectra, "Spectrum: root mean square of its change, in units of the weights")
-    replace_file(Path(path), lambda file: image.save(file, "PNG"))
+    replace_file(path, lambda file: image.save(file, "PNG"))
 
 
 def _panel(

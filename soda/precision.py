@@ -21,6 +21,11 @@ from .adapter import Decomposition
 
 CPU = torch.device("cpu")
 FAST = 8.0
+PLACES = [  # of the newer of torch's two ways to set the precision of fp32 products
+    backend.matmul
+    for backend in (torch.backends.cuda, torch.backends.mkldnn)
+    if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision")
+]
 TIMED_SIZE = 1024  # a 1280 x 1280 eigenproblem takes about twice as long
 
 
@@ -30,9 +35,7 @@ def full_fp32() -> Iterator[None]:
 
     torch has two ways to set this. The older says and sets all at once but refuses to answer once the newer was used.
     """
-    backends = (torch.backends.cuda, torch.backends.mkldnn)
-    places = [b.matmul for b in backends if hasattr(b, "matmul") and hasattr(b.matmul, "fp32_precision")]
-    saved = [place.fp32_precision for place in places]
+    saved = [place.fp32_precision for place in PLACES]
     try:
         overall = torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -40,14 +43,14 @@ def full_fp32() -> Iterator[None]:
     try:
         if overall is not None:
             torch.set_float32_matmul_precision("highest")
-        for place in places:
+        for place in PLACES:
             place.fp32_precision = "ieee"
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
         if overall is not None:
             torch.set_float32_matmul_precision(overall)
-        for place, precision in zip(places, saved, strict=True):
+        for place, precision in zip(PLACES, saved, strict=True):
             place.fp32_precision = precision
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Layer
-from .kronecker import expm_factors, halves, kronecker_sum, rotate
+from .kronecker import compact, expm_factors, kronecker_sum, rotate
 from .precision import CPU, has_fp64
 
 Logs = tuple[Tensor, ...]  # strict upper triangles, fp64
@@ -69,7 +69,7 @@ def rotations(
     place = device if has_fp64(device) else CPU
     for form, members in alike.items():
         stacks = [torch.stack(logs).to(place) * strength for logs in zip(*members.values(), strict=True)]
-        parts = [part.to(device, dtype) for part in halves(expm_factors(stacks, form))]
+        parts = [part.to(device, dtype) for part in compact(expm_factors(stacks, form), device)]
         for where, factors in zip(members, zip(*parts, strict=True), strict=True):
             found[where] = Rotation(factors)
     return {

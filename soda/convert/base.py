@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..adapter import split_rows
-from ..errors import SodaFileError
+from ..errors import SodaFileError, unreadable
 from .names import to_comfy
 
 Progress = Callable[[int, int], None]  # weights done, of all
@@ -64,7 +64,9 @@ class BaseWeights(Mapping[str, Tensor]):
         try:
             self._file = safe_open(self.path, framework="pt", device="cpu")
             self._keys = dict(entry for key in self._file.keys() for entry in _entries(key))  # noqa: SIM118
-        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: no room to map it
+        except OSError as error:
+            raise unreadable(self.path, error, "the checkpoint or UNet as a .safetensors file") from None
+        except (SafetensorError, RuntimeError) as error:  # RuntimeError: no room to map it
             raise SodaFileError(
                 f"{self.path}: the base cannot be read ({error}); give the checkpoint or UNet as a .safetensors file"
             ) from error

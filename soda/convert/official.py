@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Layer
 from ..decomposition import decompose, spectral_change
-from ..errors import SodaFileError
+from ..errors import SodaFileError, unreadable
 from ..fingerprint import joint_hash, sketch, tensor_hash
 from ..kronecker import log_rotation, triangle
 from ..metadata import describe
@@ -91,8 +91,10 @@ def _tables(path: Path) -> dict[str, list[Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, on pickles of other making: what is in them is checked below
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise SodaFileError(f"{path}: there is no such file; choose an official .pt file") from None
+    except EOFError:
+        raise SodaFileError(f"{path}: this .pt file is empty or ends early; download it again") from None
+    except OSError as error:
+        raise unreadable(path, error, "an official .pt file") from None
     except pickle.UnpicklingError:
         raise SodaFileError(
             f"{path}: the file holds more than tensors, which may run code, so it is not opened; ask for one with "

@@ -69,7 +69,7 @@ def hold(step: Tensor) -> Tensor:
     than |step|_F, so that large matrices are not held back at ordinary rates.
     """
     length = torch.linalg.vector_norm(step, dim=(-2, -1), keepdim=True)
-    if step.device.type == "cpu" and bool((length <= MAX_STEP).all()):
+    if step.device.type == "cpu" and float(length.max()) <= MAX_STEP:
         return step
     info = torch.finfo(step.dtype)
     step.div_(length.clamp_min(info.tiny))  # first to length 1: no overflow below, however long
@@ -137,4 +137,4 @@ def move(
             errors.append(min(MAX_STEP**2 / 2**0.5, largest_skew(entry, x1.shape[-1]) ** 2))
         else:
             errors.append(0.0)
-    newton_schulz(m1s, errors, scratch.take(0, xs[0], [(len(x), x.shape[-1], x.shape[-1]) for x in xs]), xs, vs)
+    newton_schulz(m1s, errors, xs, vs, scratch)

@@ -1,67 +1,87 @@
 """The polar factor M (M^T M)^(-1/2), the nearest matrix with orthonormal columns, by Newton-Schulz steps.
 
-With S = M^T M - I the step is M <- M (I - S / 2), which turns S into -3/4 S^2 + 1/4 S^3. It converges for eigenvalues
-of S in (-1, 2). There is no normalisation first: the matrices of an optimizer's step are near the manifold, where one
-or two steps reach rounding.
+With S = M^T M - I a step is M <- M (I - T / 2):
 
-A bound on |S|_2 says how many steps may be needed. On a CPU S is looked at where that is more than one: entries of the
-next S are at most 3/4 of the largest squared row of S, and the steps end as soon as that is rounding. On other devices
-a look would wait for the device. (Higham, Functions of Matrices, 2008, section 8.3.)
+    order 1    T = S              S becomes -3/4 S^2 + 1/4 S^3                      two products
+    order 2    T = S - 3/4 S^2    S becomes  5/8 S^3 - 15/64 S^4 + 9/64 S^5         three products
+
+They converge for eigenvalues of S in (-1, 2) and (-1, 4/3). There is no normalisation first: the matrices of an
+optimizer's step are near the manifold, where one or two steps reach rounding. A step is of order 2 where that ends the
+steps and order 1 does not: then no other steps need fewer products.
+
+A bound on |S|_2 says how many steps may be needed. On a CPU S is looked at where that is more than one of order 1: its
+length bounds |S|_2, and the squared length of its longest row the entries of S^2. On other devices a look would wait
+for the device. (Higham, Functions of Matrices, 2008, section 8.3.)
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
+from .scratch import Scratch
 
-@lru_cache(maxsize=1024)
-def newton_schulz_steps(error: float, tolerance: float) -> int:
-    """Steps that bring |S|_2 from `error` to `tolerance`; at least one."""
-    steps, error = 1, 0.75 * error**2 + 0.25 * error**3
-    while error > tolerance:
-        steps, error = steps + 1, 0.75 * error**2 + 0.25 * error**3
-    return steps
+
+def shrinkage(order: int, error: float) -> float:
+    """c such that a step of this order turns S, |S|_2 <= `error`, into at most c S^2, in norm and entry by entry."""
+    return 0.75 + 0.25 * error if order == 1 else error * (5 / 8 + error * (15 / 64 + error * 9 / 64))
 
 
 def newton_schulz(
-    ms: list[Tensor], errors: list[float], ss: list[Tensor], outs: list[Tensor], follow: list[Tensor | None]
+    ms: list[Tensor], errors: list[float], outs: list[Tensor], follow: list[Tensor | None], scratch: Scratch
 ) -> None:
-    """Each `out` becomes the polar factor of its M `(B, n, m)` with |S|_2 <= `error`; M and S `(B, m, m)` are lost.
+    """Each `out` becomes the polar factor of its M `(B, n, m)` with |S|_2 <= `error`; M, perhaps in piece 1, is lost.
 
     What follows, `(B, n, m)`, is multiplied in place by the same (M^T M)^(-1/2). All lie on one device in one dtype.
     """
-    tolerance, on_cpu = 2 * torch.finfo(ms[0].dtype).eps, ms[0].device.type == "cpu"
-    left = [newton_schulz_steps(error, tolerance) for error in errors]
-    here, there, active = list(ms), list(outs), list(range(len(ms)))
+    tolerance = 2 * torch.finfo(ms[0].dtype).eps
+    squares = [(len(m), m.shape[-1], m.shape[-1]) for m in ms]
+    ss, eyes = scratch.take(0, ms[0], squares), [scratch.eye(m) for m in ms]
+    errors, here, there, active = list(errors), list(ms), list(outs), list(range(len(ms)))
     while active:
+        ts, second, unfinished = list(ss), [], []
+        for i in active:
+            torch.baddbmm(eyes[i], here[i].mT, here[i], beta=-1, out=ss[i])
+            row, error = _look(ss[i], errors[i], tolerance)
+            first_left, second_left = (shrinkage(order, error) * row**2 for order in (1, 2))
+            if first_left > tolerance >= second_left:
+                second.append(i)
+            elif first_left > tolerance:
+                unfinished.append(i)
+                errors[i] = shrinkage(1, error) * error**2
+        if second:
+            pieces = scratch.take(2, ms[0], squares)
+            torch._foreach_copy_([pieces[i] for i in second], [ss[i] for i in second])
+            for i in second:
+                ts[i] = pieces[i].baddbmm_(ss[i], ss[i], alpha=-0.75)
         torch._foreach_copy_([there[i] for i in active], [here[i] for i in active])
         for i in active:
-            m, s, v = here[i], ss[i], follow[i]
-            torch.bmm(m.mT, m, out=s)
-            s.diagonal(dim1=-2, dim2=-1).sub_(1)
+            v = follow[i]
             if v is not None:
-                v.copy_(torch.baddbmm(v, v, s, alpha=-0.5))
-            left[i] -= 1
-            if on_cpu and left[i] and _nearly_there(s, tolerance):
-                left[i] = 0
-            here[i], there[i] = there[i].baddbmm_(m, s, alpha=-0.5), m
-        active = [i for i in active if left[i]]
+                v.copy_(torch.baddbmm(v, v, ts[i], alpha=-0.5))
+            here[i], there[i] = there[i].baddbmm_(here[i], ts[i], alpha=-0.5), here[i]
+        active = unfinished
     astray = [i for i, out in enumerate(outs) if here[i] is not out]
     if astray:
         torch._foreach_copy_([outs[i] for i in astray], [here[i] for i in astray])
 
 
-def _nearly_there(s: Tensor, tolerance: float) -> bool:
-    """Whether the next S is rounding. No row is longer than its matrix, whose length costs less to take."""
-    return any(0.75 * float(torch.linalg.vector_norm(s, dim=dim).max()) ** 2 <= tolerance for dim in ((-2, -1), -1))
+def _look(s: Tensor, error: float, tolerance: float) -> tuple[float, float]:
+    """Bounds on the rows of S and on |S|_2, seen where `error` does not say that one step of order 1 is enough.
+
+    No row is longer than its matrix, whose length costs less to take.
+    """
+    if s.device.type != "cpu" or shrinkage(1, error) * error**2 <= tolerance:
+        return error, error
+    error = min(error, float(torch.linalg.vector_norm(s, dim=(-2, -1)).max()))
+    if shrinkage(1, error) * error**2 <= tolerance:
+        return error, error
+    return min(error, float(torch.linalg.vector_norm(s, dim=-1).max())), error
 
 
 def polar(m: Tensor, error: float = 0.5) -> Tensor:
     """The polar factor of each `(..., n, m)`, n >= m, in M's dtype, for |M^T M - I|_2 <= `error` < 1."""
     bank = m.reshape(-1, *m.shape[-2:]).clone()
     result = torch.empty_like(bank)
-    newton_schulz([bank], [error], [m.new_empty(len(bank), m.shape[-1], m.shape[-1])], [result], [None])
+    newton_schulz([bank], [error], [result], [None], Scratch())
     return result.view(m.shape)

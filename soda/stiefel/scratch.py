@@ -12,14 +12,15 @@ ALIGNED = 64  # numbers
 
 
 class Scratch:
-    """Two pieces of memory per dtype and device, as large as the largest request; a piece serves one use at a time."""
+    """Pieces of memory per dtype and device, as large as the largest request; a piece serves one use at a time."""
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         self._parts: dict[tuple, list[Tensor]] = {}
+        self._eyes: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, piece: int, like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Piece 0 or 1 as contiguous tensors of `shapes`, uninitialised, with the dtype and device of `like`."""
+        """Piece 0, 1 or 2 as contiguous tensors of `shapes`, uninitialised, with the dtype and device of `like`."""
         key = piece, like.dtype, like.device
         asked = key, tuple(map(tuple, shapes))
         if asked not in self._parts:
@@ -31,3 +32,10 @@ class Scratch:
             parts = self._pieces[key][: sum(rooms)].split(rooms)
             self._parts[asked] = [p[:count].view(shape) for p, count, shape in zip(parts, counts, shapes, strict=True)]
         return list(self._parts[asked])
+
+    def eye(self, like: Tensor) -> Tensor:
+        """I of as many columns as `like` has, in its dtype on its device; not to be written to."""
+        key = like.shape[-1], like.dtype, like.device
+        if key not in self._eyes:
+            self._eyes[key] = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        return self._eyes[key]

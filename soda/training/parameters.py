@@ -170,6 +170,17 @@ class SodaParameters(nn.Module):
             found.update(zip(group.names, group(self._factors(group)).unbind(), strict=True))
         return found
 
+    def base_weights(self) -> Mapping[str, Tensor]:
+        """What is adapted, as it is without."""
+        if self.plan != "fast":
+            return self.weights
+        return {
+            name: weight
+            for group in self.groups
+            if group.base is not None
+            for name, weight in zip(group.names, group.base.unbind(), strict=True)
+        }
+
     @torch.no_grad()
     def snapshot(self) -> Mapping[str, Tensor]:
         """The adapted weights as they are now, whatever becomes of the parameters."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import SodaTrainingError
 from ..stiefel import StiefelAdam
 from .average import Average
+from .graph import Graphs
 from .guard import Guard
 from .parameters import SodaParameters
 from .schedule import share
@@ -37,12 +38,16 @@ class Diverged(SodaTrainingError):
 class TrainingRun:
     """StiefelAdam on the rotations, AdamW on the spectra.
 
-    loss_scale: a power of 2 that keeps small gradients above what fp16 can hold; it changes nothing else.
+    loss_scale: a power of 2 that keeps small gradients above what fp16 can hold; it changes nothing else. recorded:
+    forward and backward passes are recorded as CUDA graphs, under the terms of `Graphs`.
+
     losses: of every step taken. rate_factor: halved each time the run diverged and went back to its last good step,
     which is kept in memory and renewed while all is calm.
     """
 
-    def __init__(self, parameters: SodaParameters, settings: TrainingSettings, loss_scale: float = 1.0):
+    def __init__(
+        self, parameters: SodaParameters, settings: TrainingSettings, loss_scale: float = 1.0, recorded: bool = False
+    ):
         self.parameters, self.settings, self.loss_scale = parameters, settings, loss_scale
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         if parameters.rotations():
@@ -53,6 +58,7 @@ class TrainingRun:
             )
         self.trained = [*parameters.rotations(), *parameters.spectra()]
         self.average = Average(parameters.rotations(), parameters.spectra(), settings.ema) if settings.ema else None
+        self._graphs = Graphs() if recorded else None
         self.guard = Guard()
         self.losses: list[float] = []
         self.rate_factor, self.retreats = 1.0, 0
@@ -72,15 +78,21 @@ class TrainingRun:
         `batch_of(i)` prepares batch i of the run, counted from 0; `losses_of(weights, batch)` computes.
         """
         settings = self.settings
+
+        def passes(batch: Batch) -> Tensor:
+            """Its loss and error `(2,)`; the gradients are added to what is there."""
+            losses = losses_of(self.parameters(), batch)
+            (losses.loss * (self.loss_scale / settings.accumulation)).backward()
+            return torch.stack([value.detach().float() for value in losses])
+
         for name, optimizer in self.optimizers.items():
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * self._share(name) * group["rate"]
         totals = []
         for part in range(settings.accumulation):
-            losses = losses_of(self.parameters(), batch_of(self.step * settings.accumulation + part))
-            (losses.loss * (self.loss_scale / settings.accumulation)).backward()
-            totals.append(torch.stack([value.detach().float() for value in losses]))
+            batch = batch_of(self.step * settings.accumulation + part)
+            totals.append(passes(batch) if self._graphs is None else self._graphs(passes, batch).clone())
         if self.loss_scale != 1.0:
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], self.loss_scale)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip or math.inf)
@@ -100,6 +112,11 @@ class TrainingRun:
         if self.guard.calm and self.step % KEEP_EVERY == 0:
             self._good = _copy(self._now())
         return ""
+
+    def moved(self) -> None:
+        """To be told before what `losses_of` reads may move in memory, or where others need the memory."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def _by_rate(self, trained: list[nn.Parameter]) -> list[dict[str, Any]]:
         """Groups for an optimizer, each with its rate over the learning rate."""

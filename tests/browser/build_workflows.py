@@ -182,7 +182,7 @@ def train_and_use() -> Workflow:
     w.group("1. Model and drawings", "blue", (0, 240, 320, 850))
     images, texts = drawings("images"), drawings("texts")
     train(w, base, images, texts, "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, learning_rate=0.015,
-          role="subject", targets="cross-attention")
+          role="subject", targets="cross-attention")  # fmt: skip
     return w
 
 

@@ -41,7 +41,7 @@ def _load_pack():
 
 
 PACK = _load_pack()
-from soda_pack.soda.hosts.comfy import folders  # noqa: E402
+from soda_pack.soda.hosts.comfy import folders, stock  # noqa: E402
 
 folders.register()
 
@@ -58,3 +58,13 @@ def output(tmp_path):
     folder_paths.set_output_directory(before)
     paths[0][:] = kept
     folder_paths.filename_list_cache.pop(folders.FOLDER, None)
+
+
+@pytest.fixture
+def loras(tmp_path):
+    """The class for core's own loaders registered, and a loras folder for one test."""
+    stock.register()
+    folder_paths.add_model_folder_path("loras", str(tmp_path))
+    yield tmp_path
+    folder_paths.folder_names_and_paths["loras"][0].remove(str(tmp_path))
+    folder_paths.filename_list_cache.pop("loras", None)

@@ -107,12 +107,7 @@ def small_clip():
         "num_hidden_layers": 2,
     }  # fmt: skip
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
-    with torch.inference_mode():
-        clip = comfy.sd.CLIP(target, model_options={"clip_l_model_config": config})
-        generator = torch.Generator().manual_seed(6)
-        for parameter in clip.cond_stage_model.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return clip
+    return _text_encoder(target, {"clip_l_model_config": config}, seed=6)
 
 
 def small_t5():
@@ -121,9 +116,14 @@ def small_t5():
     target = comfy.supported_models_base.ClipTarget(
         comfy.text_encoders.pixart_t5.PixArtTokenizer, comfy.text_encoders.pixart_t5.pixart_te()
     )
+    return _text_encoder(target, {"t5xxl_model_config": config}, seed=8)
+
+
+def _text_encoder(target, options: dict, seed: int):
+    """ComfyUI's CLIP of this target, with random weights."""
     with torch.inference_mode():
-        clip = comfy.sd.CLIP(target, model_options={"t5xxl_model_config": config})
-        generator = torch.Generator().manual_seed(8)
+        clip = comfy.sd.CLIP(target, model_options=options)
+        generator = torch.Generator().manual_seed(seed)
         for parameter in clip.cond_stage_model.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return clip

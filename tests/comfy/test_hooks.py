@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import comfy.utils
-import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, CreateHookLora, PairConditioningSetProperties, SetHookKeyframes
 from small_models import adapter, conditioning, latents, load, lora, same, small_model, weights
 from soda_pack.soda.file import save
-from soda_pack.soda.hosts.comfy import stock
 from soda_pack.soda.hosts.comfy.patch import apply
 
 import nodes as comfy_nodes
 
-
-@pytest.fixture(autouse=True)
-def loras(tmp_path):
-    stock.register()
-    folder_paths.add_model_folder_path("loras", str(tmp_path))
-    yield tmp_path
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(tmp_path))
-    folder_paths.filename_list_cache.pop("loras", None)
+pytestmark = pytest.mark.usefixtures("loras")
 
 
 def hook(folder, one, strength=1.0, keyframes=()):

@@ -21,9 +21,7 @@ def clip():
 
 
 def test_scenes_and_captions_follow_from_the_seed():
-    one, two, other = (
-        grammar.sample_scenes(20, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
-    )
+    one, two, other = (grammar.sample_scenes(20, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert torch.equal(drawing.draw(one), drawing.draw(two))
     assert [grammar.caption(one, i) for i in range(20)] == [grammar.caption(two, i) for i in range(20)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import comfy.weight_adapter
-import folder_paths
 import model_zoo
 import pytest
 import torch
@@ -19,22 +20,14 @@ from soda_pack.soda.errors import SodaFileError, SodaMixError
 from soda_pack.soda.file import save
 from soda_pack.soda.fit import rotation_only
 from soda_pack.soda.hosts.comfy import base, stock
-from soda_pack.soda.hosts.comfy.base import unpatched
+from soda_pack.soda.hosts.comfy.base import CACHE, unpatched
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from test_fit import sketched
 
 import nodes as comfy_nodes
 
-
-@pytest.fixture(autouse=True)
-def loras(tmp_path):
-    """The class registered, and a loras folder for one test."""
-    stock.register()
-    folder_paths.add_model_folder_path("loras", str(tmp_path))
-    yield tmp_path
-    folder_paths.folder_names_and_paths["loras"][0].remove(str(tmp_path))
-    folder_paths.filename_list_cache.pop("loras", None)
+pytestmark = pytest.mark.usefixtures("loras")
 
 
 def through_core(model, folder, one, strength=1.0, clip=None, strength_clip=1.0):
@@ -125,16 +118,46 @@ def replace_up(patch, factor):
     return type(patch)(set(), (up * factor, *rest))
 
 
-def test_bases_too_large_to_keep_leave_the_rotation(loras, caplog, monkeypatch):
-    model = small_model()
-    one = adapter(model)
+@pytest.fixture
+def decomposed(monkeypatch):
+    """A list with an entry for every decomposition."""
+    found, plain = [], stock.decompose_all
+    monkeypatch.setattr(stock, "decompose_all", lambda *args, **kwargs: found.append(1) or plain(*args, **kwargs))
+    return found
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd", "qr"])
+def test_without_memory_for_bases_all_applies_and_nothing_is_kept(loras, monkeypatch, decomposed, decomposition):
+    model = small_model(seed=12)
+    one = sketched(model, decomposition)
+    expected = loaded(apply(model, [(one, 1.0)])[0])
     monkeypatch.setattr(base, "basis_bounds", lambda: (1000, 0))
-    with caplog.at_level(logging.WARNING):
-        there = loaded(through_core(model, loras, one)[0])
-    assert any("GB of memory" in record.message for record in caplog.records)
-    monkeypatch.undo()
-    turned = Adapter(rotation_only(one.layers), {}, "turned")
-    assert near(there, loaded(apply(model, [(turned, 1.0)])[0]))
+    there = through_core(model, loras, one)[0]
+    assert same(loaded(there), expected)
+    met = weakref.ref(next(iter(there.patches.values()))[0][1].weights[2])
+    assert len(decomposed) == len(met().bases) == 56 and not any(met().bases.values()) and CACHE.size <= 1000
+    load(model)
+    for key in list(attention_weights(model).values())[:3]:  # under low VRAM, in every forward
+        lazy, weight = LowVramPatch(key, there.patches), weights(model)[key]
+        assert torch.equal(lazy(weight.clone()), expected[key])
+        before = len(decomposed)
+        assert all(torch.equal(lazy(weight.clone()), expected[key]) for _ in range(2)) and len(decomposed) == before
+    assert sum(basis is not None for basis in met().bases.values()) == 3
+    del there, lazy
+    gc.collect()
+    assert met() is None  # though the file is still known
+
+
+def test_a_changed_strength_computes_and_writes_nothing_again(loras, monkeypatch, decomposed):
+    monkeypatch.setattr(base, "basis_bounds", lambda: (1 << 30, 1 << 30))
+    model = small_model(seed=13)
+    one = sketched(model, "lq")
+    loaded(through_core(model, loras, one, 0.5)[0])
+    written = []
+    monkeypatch.setattr(CACHE, "put", lambda *args: written.append(args))
+    again = loaded(through_core(model, loras, one, 1.0)[0])
+    assert len(decomposed) == 56 and not written
+    assert same(again, loaded(apply(model, [(one, 1.0)])[0]))
 
 
 def test_rows_of_fused_weights(loras):

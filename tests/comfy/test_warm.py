@@ -12,11 +12,13 @@ import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import LowVramPatch
+from comfy.quant_ops import QuantizedTensor
+from quantised_models import GGUF, quantised_model
 from small_models import adapter, load, lora, same, small_model, weights
 from soda_pack.nodes.loader import SodaLoader
 from soda_pack.soda import basis_cache, rotation
 from soda_pack.soda.file import save
-from soda_pack.soda.hosts.comfy import base, fit, fold, folders
+from soda_pack.soda.hosts.comfy import base, bypass, fit, fold, folders
 from soda_pack.soda.hosts.comfy.base import CACHE
 from soda_pack.soda.hosts.comfy.fold import FOLDS, Ready
 from soda_pack.soda.hosts.comfy.patch import apply
@@ -97,6 +99,32 @@ def test_a_new_strength_computes_nothing_again(output, counted, decomposition):
     assert same(cold, loaded(again))
     counted["expm"] = before["expm"]
     assert counted == before
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "none"])
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "nvfp4", GGUF])
+def test_a_new_strength_unpacks_no_quantised_weight(monkeypatch, form, decomposition):
+    model = quantised_model(form)
+    apply(model, [(adapter(model, decomposition=decomposition), 1.0)])
+    monkeypatch.setattr(base, "unpatched", None)
+    second = apply(model, [(adapter(model, decomposition=decomposition), 0.5)])[0]
+    monkeypatch.undo()
+    assert bypass.installed(second)
+
+
+def test_a_quantised_weight_that_changed_is_seen():
+    model = quantised_model("float8_e4m3fn")
+    layer, weight = next(
+        (layer, weight)
+        for layer, key in attention_weights(model).items()
+        if isinstance(weight := model.model.get_parameter(key), QuantizedTensor)
+    )
+    seen = base.UnpatchedWeights({model: [layer]})
+    before = seen.samples()
+    assert seen.samples() == before
+    with torch.inference_mode():
+        weight.params.scale.mul_(2)
+    assert seen.samples() != before
 
 
 def test_a_file_that_changes_is_read_again(output, counted):

@@ -30,6 +30,8 @@ def files(tmp_path_factory):
     save(adapter(weights, seed=2), made / "b.safetensors")
     (made / "bad.safetensors").write_bytes(b"no such thing")
     torch.save(table(), made / "official.pt")
+    (made / "empty.pt").touch()
+    (made / "folder").mkdir()
     return made
 
 
@@ -162,7 +164,15 @@ def test_convert_to_what_loaders_read(folder, capsys):
         ("inspect missing.safetensors", "no such file"),
         ("inspect bad.safetensors", "bad.safetensors"),
         ("mix a.safetensors:nan -o x.safetensors", "nan"),
-        ("mix a.safetensors:x -o x.safetensors", "a.safetensors:x: there is no such file"),
+        ("mix a.safetensors:x -o x.safetensors", "a.safetensors:x: 'x' is no weight; give a number"),
+        ("mix C:a.safetensors -o x.safetensors", "C:a.safetensors: there is no such file"),
+        ("mix a.safetensors b.safetensors -o b.safetensors", "would replace"),
+        ("mix a.safetensors -o folder", "this is a folder, name a file in it"),
+        ("inspect folder", "folder: this is a folder; choose an existing SODA adapter"),
+        ("inspect a.safetensors --plot x.jpg", "ends in .png"),
+        ("convert folder/a.pt --base base.safetensors -o x.safetensors", "no such file"),
+        ("convert empty.pt --base base.safetensors -o x.safetensors", "empty or ends early"),
+        ("convert a.safetensors --to diff --base folder -o x.safetensors", "folder: this is a folder"),
         ("convert official.pt -o x.safetensors", "--base"),
         ("convert a.safetensors --to lora -o x.safetensors", "--base"),
         ("convert a.safetensors --to lora --rank 0 --base base.safetensors -o x.safetensors", "rank 0"),

@@ -239,3 +239,16 @@ def test_what_is_no_safetensors_file(tmp_path, data):
 def test_no_such_file(tmp_path):
     with pytest.raises(SodaFileError, match="no such file"):
         load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_file_that_cannot_be_opened_is_no_damaged_one(tmp_path, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SodaFileError, match=rf"cannot be read \({error.strerror}\); check its permissions") as caught:
+        load(path)
+    assert "damaged" not in str(caught.value) and "again" not in str(caught.value)

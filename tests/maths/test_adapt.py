@@ -195,3 +195,9 @@ def test_a_spectrum_of_another_length_is_refused(make_layer, length):
     w = weight((5, 12), 1)
     with pytest.raises(SodaMixError, match=f"spectrum of {length} numbers"):
         adapt(w, [make_layer("lq", (length, 12), (3, 4), 2)], {"lq": decompose(w, "lq")})
+
+
+def test_a_basis_that_is_not_there_is_named(make_layer):
+    w = weight((5, 12), 1)
+    with pytest.raises(SodaMixError, match=r"no lq basis .* soda.decompose\(weight, 'lq'\)"):
+        adapt(w, [make_layer("lq", (5, 12), (3, 4), 2)], {"svd": decompose(w, "svd")})

@@ -71,7 +71,6 @@ def test_bases_of_inference_tensors_can_be_trained_with():
     (factor[:, None] * found["a"].right).sum().backward()
 
 
-
 def test_where_a_device_is_slow_or_lacks_fp64(monkeypatch):
     gpu, cleared = torch.device("cuda", 7), [has_fp64, is_fast_in_fp64, solver_device]
     assert solver_device(CPU, "svd") == CPU and has_fp64(CPU) and is_fast_in_fp64(CPU)

@@ -64,9 +64,7 @@ def split_mix(counter):
 def naive_gaussian(width, seed):
     count = 8 * width
     uniform = [((split_mix(i + (seed << 40)) >> 11) + 0.5) / 2**53 for i in range(1, 2 * count + 1)]
-    numbers = [
-        math.sqrt(-2 * math.log(uniform[i])) * math.cos(2 * math.pi * uniform[count + i]) for i in range(count)
-    ]
+    numbers = [math.sqrt(-2 * math.log(uniform[i])) * math.cos(2 * math.pi * uniform[count + i]) for i in range(count)]
     return torch.tensor(numbers, dtype=torch.float64).reshape(8, width)
 
 

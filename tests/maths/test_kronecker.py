@@ -230,3 +230,8 @@ def test_factor_sizes_of_common_widths_and_primes():
 def test_factor_sizes_refuse_a_count_out_of_range(count):
     with pytest.raises(ValueError, match="1 to 5"):
         factor_sizes(64, count)
+
+
+def test_factor_sizes_refuse_a_dimension_that_has_none():
+    with pytest.raises(ValueError, match="dimension of 0 .*give 1 or more"):
+        factor_sizes(0, 3)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soda.stiefel.geometry import MAX_STEP, RETRACTIONS, hold, hold_skew, largest_skew, move, tangent_gradients
-from soda.stiefel.newton_schulz import newton_schulz, newton_schulz_steps, polar
+from soda.stiefel.newton_schulz import newton_schulz, polar, shrinkage
 from soda.stiefel.scratch import Scratch
 
 
@@ -56,20 +57,55 @@ def test_polar_is_the_nearest_matrix_with_orthonormal_columns(shape, error, seed
     follow = noise(count, n, m, seed=seed + 2)
     expected = follow @ ((q * (1 + s).rsqrt()[:, None]) @ q.mT)
     torch.testing.assert_close(polar(matrix), svd_polar(matrix), rtol=0, atol=1e-13)
-    out, s = torch.empty_like(matrix), torch.empty(count, m, m, dtype=torch.float64)
-    newton_schulz([matrix.clone()], [error], [s], [out], [follow])
+    out = torch.empty_like(matrix)
+    newton_schulz([matrix.clone()], [error], [out], [follow], Scratch())
     torch.testing.assert_close(out, svd_polar(matrix), rtol=0, atol=1e-13)
     torch.testing.assert_close(follow, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("error", [1e-6, 0.125, 0.5, 0.625])
-def test_the_steps_of_other_devices_suffice(error, dtype):
-    """Where S is not looked at, the number of steps comes from the bound alone."""
-    x = torch.tensor([1 + error, 1 - error], dtype=torch.float64).sqrt()
-    for _ in range(newton_schulz_steps(error, torch.finfo(dtype).eps)):
-        x = x * (1 - (x * x - 1) / 2)
-    assert (x * x - 1).abs().max() <= 2 * torch.finfo(dtype).eps
+@pytest.mark.parametrize("order, correction", [(1, [-1 / 2]), (2, [-1 / 2, 3 / 8])])
+@given(error=st.floats(1e-6, 0.7), share=st.floats(-1, 1))
+def test_a_step_shrinks_by_what_it_says(order, correction, error, share):
+    """Eigenvalue by eigenvalue: of M (I + c1 S + c2 S^2), which start the series of (I + S)^(-1/2)."""
+    s = share * error
+    after = (1 + s) * (1 + sum(c * s**power for power, c in enumerate(correction, 1))) ** 2 - 1
+    assert abs(after) <= shrinkage(order, error) * s**2 + 1e-15
+
+
+def spread(count, n, error, dtype):
+    """Matrices with eigenvalues of M^T M - I all over [-error, error]."""
+    s = torch.linspace(-error, error, n, dtype=torch.float64)
+    return (frames(count, n, n, 1) * (1 + s).sqrt() @ frames(count, n, n, 2).mT).to(dtype)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 5e-7), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("error", [0.0, 1e-8, 1e-6, 3e-4, 4e-3, 0.02, 0.125, 0.5, 0.625])
+@pytest.mark.parametrize("looks", [True, False])
+def test_steps_of_the_right_order_end_at_rounding(error, dtype, rounding, looks, monkeypatch):
+    """Also where S is not looked at, as on a GPU, and the bound alone says which steps there are."""
+    if not looks:
+        monkeypatch.setattr("soda.stiefel.newton_schulz._look", lambda s, error, tolerance: (error, error))
+    small, large = spread(3, 4, error, dtype), spread(2, 9, error / 3, dtype)
+    outs = [torch.empty_like(small), torch.empty_like(large)]
+    newton_schulz([small.clone(), large.clone()], [error, error / 3], outs, [None, None], Scratch())
+    for matrix, out in zip((small, large), outs, strict=True):
+        torch.testing.assert_close(out.double(), svd_polar(matrix.double()), rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("error, products", [(1e-4, 2), (2e-3, 3), (0.015, 4), (0.07, 5), (0.16, 6)])
+def test_no_more_products_than_needed(error, products):
+    """In fp32: order 1, 2, then 1 after 1, 2 after 1 and so on. A bound of 0.5 costs nothing where S is small."""
+    counted = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counted.append(function.name() if "bmm" in function.name() else None)
+            return function(*args, **(kwargs or {}))
+
+    matrix = spread(2, 6, error, torch.float32)
+    with Products():
+        polar(matrix)
+    assert sum(name is not None for name in counted) == products
 
 
 def test_polar_takes_single_matrices_and_leaves_them():

@@ -50,8 +50,7 @@ STRENGTHS = (-1.0, -0.4, 0.0, 0.3, 0.7, 1.0, 1.5)
 
 
 CPU = ("--cpu", "--use-pytorch-cross-attention")
-# Bases of one adapter file at a time, none of more: for none at all Load LoRA leaves the spectrum out.
-KEEP_LITTLE = '{"SODA.basesInMemory": 0.01, "SODA.basesOnDisk": 0}'
+KEEP_NOTHING = '{"SODA.basesInMemory": 0, "SODA.basesOnDisk": 0}'
 
 
 class PreparedServer(Server):
@@ -149,14 +148,15 @@ class Drawn:
     about: str
 
 
-def draw(chance: random.Random) -> Drawn:
-    """The next prompt."""
-    return _Drawing(chance).sampled()
+def draw(chance: random.Random, plain: bool = False) -> Drawn:
+    """The next prompt; a `plain` one has ordinary LoRAs in all places."""
+    return _Drawing(chance, plain).sampled()
 
 
 class _Drawing:
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, plain: bool) -> None:
         self.chance = chance
+        self.plain = plain
         self.prompt = Prompt()
         self.on = Playground(self.prompt)
         self.words: list[str] = []
@@ -168,6 +168,8 @@ class _Drawing:
 
     def sampled(self) -> Drawn:
         steps = (self.loader, self.mix, self.lora, self.lora, self.stock, self.beside)
+        if self.plain:
+            steps = (self.lora,) * len(steps)
         for step in self.chance.choices(steps, k=self.chance.randint(0, 3)):
             self.words.append(step.__name__)
             step()

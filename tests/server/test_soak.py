@@ -1,5 +1,5 @@
 """A short run of benchmarks/soak.py: prompts drawn at random, queued one after the other, each give what they give on
-a server that keeps next to nothing, and what the server takes stays within bounds."""
+a server that keeps nothing, and what the server takes stays within bounds."""
 
 import random
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from prompts import latent_of
-from random_prompts import KEEP_LITTLE, PreparedServer, draw, usage
+from random_prompts import KEEP_NOTHING, PreparedServer, draw, usage
 
 from runner.client import Client
 
@@ -22,7 +22,7 @@ def kept(tmp_path) -> Iterator[PreparedServer]:
 
 @pytest.fixture
 def fresh(tmp_path) -> Iterator[PreparedServer]:
-    with PreparedServer(tmp_path / "fresh.log", "--cache-none", settings=KEEP_LITTLE) as running:
+    with PreparedServer(tmp_path / "fresh.log", "--cache-none", settings=KEEP_NOTHING) as running:
         yield running
 
 

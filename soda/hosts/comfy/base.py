@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -18,9 +19,9 @@ from comfy.utils import get_attr
 
 from ...adapter import Decomposition, split_rows
 from ...bases import Some
-from ...basis_cache import BasisCache
+from ...basis_cache import BasisCache, sample
 from ...decomposition import Basis, Key, kept_bytes
-from .quantised import dequantised_gguf, is_gguf, with_parts
+from .quantised import dequantised_gguf, is_gguf, stored_parts, with_parts
 from .settings import basis_bounds
 
 CACHE = BasisCache(folder=Path(folder_paths.get_user_directory()) / "soda" / "bases")
@@ -43,14 +44,20 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
 
     A quantised weight is returned dequantised. The result may share memory with the model: read only.
     """
+    weight, convert = _stored(patcher, key)
+    if is_gguf(weight):
+        return dequantised_gguf(get_attr(patcher.model, key.rsplit(".", 1)[0]), weight)
+    return weight if convert is None else convert(weight, inplace=False)
+
+
+def _stored(patcher: ModelPatcher, key: str) -> tuple[torch.Tensor, Any]:
+    """(the base weight of `key` as it lies in memory, core's function that unpacks it or None)."""
     weight, _, convert = get_key_weight(patcher.model, key)
     if key in patcher.backup:
         weight = patcher.backup[key].weight
     if key in patcher.hook_backup:
         weight = patcher.hook_backup[key][0]
-    if is_gguf(weight):
-        return dequantised_gguf(get_attr(patcher.model, key.rsplit(".", 1)[0]), weight)
-    return weight if convert is None else convert(weight, inplace=False)
+    return weight, convert
 
 
 def alias(held: torch.Tensor) -> torch.Tensor:
@@ -102,6 +109,12 @@ class UnpatchedWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.layers)
 
+    def samples(self) -> dict[str, str]:
+        """Layer -> a digest that tells a changed weight from the same one; unpacks none."""
+        keys = {layer: (patcher, split_name(layer)[0]) for layer, patcher in self.layers.items()}
+        found = {place: " ".join(map(sample, stored_parts(_stored(*place)[0]))) for place in set(keys.values())}
+        return {layer: found[place] for layer, place in keys.items()}
+
 
 class TrainableWeights(UnpatchedWeights):
     """These on the device their network computes on, as tensors that may take part in training, fp32 unless of half
@@ -122,7 +135,7 @@ class ModelBases:
         self._device = patcher.load_device
         wanted = set(wanted)
         self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
-        self.hashes = self._cache.hashes(self.weights, patcher.model)
+        self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
         self.bytes = sum(kept_bytes(layer_shape(patcher, layer), kind) for layer, kind in wanted)
 
     @property

@@ -36,7 +36,7 @@ class Pass:
 
     x: the noisy latent, x0 the clean one. sigma `(B,)`: the noise levels. c, weight `(B, 1 ...)`: the output's factor
     in the denoised sample, and the weight of its squared error. share: of the whole batch. captions: what the
-    condition says of each sample.
+    condition says of each sample, if asked for.
     """
 
     x: torch.Tensor
@@ -60,16 +60,17 @@ class Batch:
 class Batches:
     """batches(i) is batch i of a run on a loaded model. Made and called outside inference mode.
 
-    `empty` is the caption that caption dropout puts in a sample's place. Samples and captions stay on the device.
+    `empty` is the caption that caption dropout puts in a sample's place. Samples and captions stay on the device. With
+    `words` the passes tell their captions.
     """
 
     def __init__(
         self, patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, empty: list | None = None,
-        prior: Sequence[Sample] = (),
+        prior: Sequence[Sample] = (), words: bool = False,
     ):  # fmt: skip
         self.settings = settings
-        self.data = _Data(patcher, samples, settings, empty)
-        self.prior = _Data(patcher, prior, settings, empty) if prior else None
+        self.data = _Data(patcher, samples, settings, empty, words)
+        self.prior = _Data(patcher, prior, settings, empty, words) if prior else None
 
     def __call__(self, index: int) -> Batch:
         generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + index) % SEED_LIMIT)
@@ -81,8 +82,10 @@ class _Data:
     """Samples as the model takes them, and the passes drawn from them."""
 
     def __init__(
-        self, patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, empty: list | None
-    ):
+        self, patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, empty: list | None,
+        words: bool,
+    ):  # fmt: skip
+        self.words = words
         self.model, self.device, self.settings = patcher.model, patcher.load_device, settings
         self.groups = buckets(samples)
         self.latents = [self.model.process_latent_in(s.latent.float()).to(self.device) for s in samples]
@@ -124,7 +127,8 @@ class _Data:
             signal, noisy = sampling.noise_scaling(sigma, zero, one), sampling.noise_scaling(sigma, one, zero)
             weight = min_snr((signal / noisy).square(), c, self.settings.min_snr_gamma)
         x = sampling.noise_scaling(sigma, noise, x0)
-        return Pass(x, x0, sigma, c, weight, comfy.samplers.cond_cat(conditions), len(x0) / count, captions)
+        told = captions if self.words else ()
+        return Pass(x, x0, sigma, c, weight, comfy.samplers.cond_cat(conditions), len(x0) / count, told)
 
     def _condition(self, caption: Caption, latent: torch.Tensor) -> dict:
         """Computed once per caption and latent shape."""

@@ -31,7 +31,7 @@ from ...decomposition import Basis, spectral_change
 from ...kronecker import rotate
 from ...rotation import rotations
 from .added import Product, added
-from .base import layer_weight, split_name
+from .base import layer_shape, layer_weight, split_name
 from .quantised import is_quantised
 
 KEY = "soda_bypass"
@@ -56,9 +56,9 @@ def bypassed(patcher: ModelPatcher, layers: Sequence[str], mode: str) -> list[st
     found = []
     for name in layers:
         key, _ = split_name(name)
-        weight = get_attr(patcher.model, key)
-        linear = isinstance(get_attr(patcher.model, key.removesuffix(".weight")), comfy.ops.CastWeightBiasOp)
-        if linear and len(weight.shape) == 2 and (mode == "bypass" or is_quantised(weight)):
+        module = get_attr(patcher.model, key.removesuffix(".weight"))
+        wanted = mode == "bypass" or is_quantised(module.weight)
+        if wanted and isinstance(module, comfy.ops.CastWeightBiasOp) and len(module.weight.shape) == 2:
             found.append(name)
     return found
 
@@ -120,12 +120,15 @@ def _change(
     live = [term for term in terms if term.delta is not None and term.delta.count_nonzero()]
     if not live:
         return None
-    weight = layer_weight(patcher, name).to("cpu", torch.float32)
-    change = torch.zeros_like(weight)
+    shape = layer_shape(patcher, name)
+    weight = torch.empty(shape, device="meta")  # of lq and qr only the shape is looked at
+    if any(term.decomposition == "svd" for term in live):
+        weight = layer_weight(patcher, name).to("cpu", torch.float32)
+    change = torch.zeros(shape)
     for term in live:
         assert term.delta is not None
         change += spectral_change(bases[name, term.decomposition], term.delta, weight)
-    return change[: min(weight.shape)].clone() if all(term.decomposition == "lq" for term in live) else change
+    return change[: min(shape)].clone() if all(term.decomposition == "lq" for term in live) else change
 
 
 def _linear(weight: Tensor) -> nn.Module:

@@ -22,6 +22,7 @@ from ...bases import decompose_all
 from ...decomposition import Basis, Key
 from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases
+from .pinned import on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
@@ -45,7 +46,7 @@ class Fold:
     def __post_init__(self) -> None:
         self.keys: dict[Place, Key] = {}
         self._ready: dict[tuple[float, torch.device], dict[str, Ready]] = {}
-        self._met: set[Place] = set()
+        self._met: set[str] = set()
         self._made: dict[Place, Basis] = {}
 
     @classmethod
@@ -82,28 +83,29 @@ class Fold:
         self, name: str, vectors: Sequence[Vectors], deltas: Sequence[Tensor | None], weight: Tensor
     ) -> list[Spectrum]:
         """The spectra of one layer; without vectors, by bases of `weight` (out, in) itself."""
+        again = name in self._met  # who asks twice asks in every forward
+        self._met.add(name)
         found = []
         for term, sides, delta in zip(self.mix.layers[name], vectors, deltas, strict=True):
             if delta is None:
                 continue
             if sides == (None, None):
-                basis = self._basis((name, term.decomposition), weight)
+                basis = self._basis((name, term.decomposition), weight, again)
                 sides, delta = (basis.left, basis.right), torch.where(basis.live.to(delta.device), delta, 0.0)
-            left, right = (None if side is None else side.to(weight.device) for side in sides)
+            left, right = (None if side is None else on_device(side, weight.device, again) for side in sides)
             found.append(Spectrum(term.decomposition, left, right, delta))
         return found
 
-    def _basis(self, place: Place, weight: Tensor) -> Basis:
-        """From the disk, or computed. Who asks twice, asks in every forward: then it is kept all the same."""
+    def _basis(self, place: Place, weight: Tensor, again: bool) -> Basis:
+        """From the disk, or computed; for who asks again it is kept all the same."""
         if place in self._made:
             return self._made[place]
         basis = CACHE.get(self.keys[place], weight.shape)
         if basis is None:
             ((_, computed),) = decompose_all({"": weight}, place[1], device=weight.device)
             basis = computed.kept()
-        if place in self._met:
+        if again:
             self._made[place] = basis
-        self._met.add(place)
         return basis
 
 

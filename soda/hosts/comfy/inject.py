@@ -95,6 +95,8 @@ class Injection:
 
     def _function(self, key: str):
         base = self._bases.get(key)
+        if base is not None and not self._blocks:
+            base = base.to(self.patcher.load_device)  # once: from main memory it would come anew in every step
         layers = sorted((split_rows(layer)[1] or (0, 0), layer) for layer in self._layers[key])
 
         def adapted(weight: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,7 @@ class SodaWeightAdapter(WeightAdapterBase):
             return weight
         fold, layer, vectors = self.weights
         ready = fold.ready(layer, strength, weight.device)
-        matrix = weight.reshape(matrix_shape(weight.shape)).float()
+        matrix = weight.reshape(matrix_shape(weight.shape))
         adapted = changed(matrix, fold.spectra(layer, vectors, ready.deltas, matrix), ready.turns)
         # With an offset core drops the returned tensor and keeps its own, hence in place.
         return weight.copy_(adapted.reshape(weight.shape))

@@ -42,6 +42,16 @@ def dequantised_gguf(module: Any, weight: Any) -> Tensor:
     return module.get_weight(bare, torch.float32)
 
 
+def stored_parts(weight: Tensor) -> list[Tensor]:
+    """The tensors that a weight lies in memory as: of packed formats the packed numbers and their scales."""
+    if is_gguf(weight):
+        return [weight.as_subclass(Tensor)]
+    if not isinstance(weight, QuantizedTensor):
+        return [weight]
+    values = (getattr(weight.params, field.name) for field in fields(weight.params))
+    return [weight._qdata, *(value for value in values if isinstance(value, Tensor))]
+
+
 def with_parts(weight: Any, each: Callable[[Tensor], Tensor]) -> QuantizedTensor:
     """A weight of ComfyUI's formats made of `each` of its tensors: the packed numbers and their scales."""
     values = {field.name: getattr(weight.params, field.name) for field in fields(weight.params)}

@@ -18,9 +18,11 @@ Alone on a model, or before its LoRAs, a file does the same here as in SODA Load
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.weight_adapter
 import torch
@@ -35,9 +37,10 @@ from ...decomposition import Basis, Key, vector_dtype
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
 from ...fit import REFUSED_ERROR, rotation_only, spectrum_error
-from ...kronecker import expm_factors, halves, rotate
+from ...kronecker import compact, expm_factors, rotate
 from ...precision import CPU
 from .base import CACHE, bounded_cache, matrix_shape
+from .pinned import on_device
 
 log = logging.getLogger(__name__)
 REMEDY = "SODA Loader applies all of it"
@@ -53,7 +56,7 @@ def register() -> None:
 class StockAdapter(WeightAdapterBase):
     """What one file has for one weight.
 
-    `weights` is (file, ((rows, decomposition, delta, logs, sketch) ...)). Core copies the tensors among these to a
+    `weights` is (file, ((rows, decomposition, delta, logs, sketch) ...), met). Core copies the tensors among these to a
     device and rebuilds the object as type(a)(loaded_keys, weights); what is no tensor it hands on.
     """
 
@@ -81,7 +84,7 @@ class StockAdapter(WeightAdapterBase):
         return cls(file.keys[path], (file, tuple(
             (rows, layer.decomposition, layer.delta, layer.logs, layer.sketch)
             for rows, layer in file.layers[path].items()
-        )))  # fmt: skip
+        ), file.met()))  # fmt: skip
 
     def layers(self, device: torch.device, strength: float) -> list[tuple[Rows, Layer]]:
         """The layers of this weight by rows, at a strength."""
@@ -102,6 +105,7 @@ class StockAdapter(WeightAdapterBase):
         arithmetic. `original_weight` is {key: [(untouched weight, how to unpack it), patches ...]}, from hooks alone.
         Raises SodaMixError if the file is for another shape."""
         matrix = weight.reshape(matrix_shape(weight.shape))
+        file, _, met = self.weights
         adapted = matrix.to(torch.float32, copy=True)
         untouched = matrix
         if original_weight is not None:
@@ -110,7 +114,7 @@ class StockAdapter(WeightAdapterBase):
         for rows, layer in self.layers(weight.device, strength):
             place = slice(None) if rows is None else slice(*rows)
             base = untouched[place].float()
-            layer, basis = self.weights[0].fitting(layer, base, key)
+            layer, basis = file.fitting(layer, base, key, met)
             new = adapt(base, [layer], basis)
             if original_weight is None:
                 adapted[place] = new
@@ -144,24 +148,35 @@ class StockAdapter(WeightAdapterBase):
                 if layer.side == "output" or self.is_conv:
                     raise SodaMixError(f"bypass mode has no rotation of outputs and of convolutions; {REMEDY}")
                 factors = expm_factors([-log.double() for log in layer.logs], layer.sizes)
-                found.append((rows, [half.to(x) for half in halves(factors)]))
+                found.append((rows, [part.to(x) for part in compact(factors, x.device)]))
             self._kept = kept = ((x.device, x.dtype, self.multiplier), found)
         return kept[1]
 
 
+@dataclass(eq=False)
+class _Met:
+    """The weights that the adapters of one file have met, by sample; lives as long as these."""
+
+    def __post_init__(self) -> None:
+        # With the basis, where the user's settings leave no memory for it and it is asked for again: in every forward.
+        self.bases: dict[str, Basis | None] = {}
+
+
+@dataclass(eq=False)
 class _File:
     """The layers of one file by the weight's path and rows, and what has been said about it."""
 
-    last: _File | None = None
+    tensors: Mapping[str, Tensor]
+    last: ClassVar[_File | None] = None
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.tensors = tensors
+    def __post_init__(self) -> None:
+        self._met: Callable[[], _Met | None] = lambda: None
         self.keys: dict[str, set[str]] = {}
         self.layers: dict[str, dict[Rows, Layer]] = {}
         self.told = False
         self.unfit: set[str] = set()  # samples of weights that the spectrum does not fit: decomposed once, not again
         parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
+        for key, tensor in self.tensors.items():
             name, _, part = key.rpartition(".soda_")
             if name:
                 parts.setdefault(name, {})[part] = tensor.float()
@@ -179,27 +194,45 @@ class _File:
             cls.last = cls(tensors)
         return cls.last
 
-    def fitting(self, layer: Layer, weight: Tensor, key: str) -> tuple[Layer, dict[str, Basis]]:
+    def met(self) -> _Met:
+        """What the adapters made of it share."""
+        met = self._met() or _Met()
+        self._met = weakref.ref(met)
+        return met
+
+    def fitting(self, layer: Layer, weight: Tensor, key: str, met: _Met) -> tuple[Layer, dict[str, Basis]]:
         """(the layer, or its rotation alone; the basis that it needs) on a weight (out, in), fp32."""
         if layer.delta is None or layer.is_zero():
             return layer, {}
-        if self.bytes > CACHE.memory:
-            self.tell(f"whose bases would take {self.bytes / 1e9:.0f} GB of memory")
-            return rotation_only({"": (layer,)})[""][0], {}
         seen = sample(weight)
         if seen in self.unfit:
             return rotation_only({"": (layer,)})[""][0], {}
-        cached, basis = _basis(weight, seen, layer.decomposition)
-        if layer.sketch is not None:
-            host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
-            error = spectrum_error([(host, basis, weight.to(CPU))])
-            if error is not None and error > REFUSED_ERROR:
-                self.tell(f"where its spectrum would be off by about {error:.0%} ({key}), likely behind another patch")
+        again, basis = seen in met.bases, met.bases.get(seen)
+        if basis is None:
+            cached: Key = (_hash(weight, seen), layer.decomposition)
+            basis = CACHE.get(cached, weight.shape)
+            computed = _computed(weight, layer.decomposition) if basis is None else basis
+            if not again and not self._fits(layer, computed, weight, key):
                 self.unfit.add(seen)
                 return rotation_only({"": (layer,)})[""][0], {}
-        CACHE.put(cached, basis)
-        near = {name: tensor.to(weight.device) for name, tensor in basis.tensors().items()}
+            kept = self.bytes <= CACHE.memory
+            if basis is None and kept:
+                CACHE.put(cached, computed)
+            basis = computed
+            met.bases[seen] = basis if again and not kept else None
+        near = {name: on_device(tensor, weight.device, again) for name, tensor in basis.tensors().items()}
         return layer, {layer.decomposition: Basis.of(layer.decomposition, near)}
+
+    def _fits(self, layer: Layer, basis: Basis, weight: Tensor, key: str) -> bool:
+        """Whether the spectrum does what it did in training; if not, the log says so."""
+        if layer.delta is None or layer.sketch is None:
+            return True
+        host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
+        error = spectrum_error([(host, basis, weight.to(CPU))])
+        if error is None or error <= REFUSED_ERROR:
+            return True
+        self.tell(f"where its spectrum would be off by about {error:.0%} ({key}), likely behind another patch")
+        return False
 
     def tell(self, where: str) -> None:
         if not self.told:
@@ -213,17 +246,18 @@ def _known(seen: str) -> list[str]:
     return []
 
 
-def _basis(weight: Tensor, seen: str, decomposition: Decomposition) -> tuple[Key, Basis]:
-    """(cache key, basis on the CPU) of a weight (out, in), from the cache or computed now."""
+def _hash(weight: Tensor, seen: str) -> str:
+    """That of a weight (out, in) as the cache goes by it."""
     known = _known(seen)
     if not known:
         known.append(weight_hash(_as_stored(weight)))
-    key: Key = (known[0], decomposition)
-    basis = CACHE.get(key, weight.shape)
-    if basis is None:
-        ((_, computed),) = decompose_all({"": weight}, decomposition, device=weight.device)
-        basis = computed.kept()
-    return key, basis
+    return known[0]
+
+
+def _computed(weight: Tensor, decomposition: Decomposition) -> Basis:
+    """The basis of a weight (out, in) in its kept form, on the CPU."""
+    ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device)
+    return basis.kept()
 
 
 def _as_stored(weight: Tensor) -> Tensor:

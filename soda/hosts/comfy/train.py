@@ -169,11 +169,12 @@ def _train(
         of_text = {name for _, keys in others for name in keys}
         parameters = SodaParameters(weights, decomposition, factors, dtype=dtype, plan=plan, text=of_text)
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
-        batches = Batches(patcher, samples, settings, extras.empty, extras.prior)
+        batches = Batches(patcher, samples, settings, extras.empty, extras.prior, words=text is not None)
         with Injection(patcher, keys, again=plan != "fast") as injection, text or contextlib.nullcontext():
             transformer_options(patcher)
             losses_of = DiffusionLosses(patcher, injection, settings, reference, text)
-            run = TrainingRun(parameters, settings, FP16_SCALE if dtype == torch.float16 else 1.0)
+            recorded = plan == "fast" and text is None and patcher.load_device.type == "cuda"
+            run = TrainingRun(parameters, settings, FP16_SCALE if dtype == torch.float16 else 1.0, recorded)
             if kept is not None and resume:
                 _resume(run, kept, progress)
 
@@ -202,7 +203,7 @@ def _start(
 
     Returns what the frozen ones alone give: the weights, and the layers.
     """
-    reference, beside = weights, {}
+    reference, beside = parameters.base_weights(), {}
     if frozen:
         put(parameters, frozen)
         beside = parameters.layers()
@@ -279,6 +280,7 @@ class _Watch:
         prompt = self.prompt
         if prompt is not None and prompt.due(step, self.run.settings.steps):
             shape = tuple(self.samples[0].latent.shape)
+            self.run.moved()
             with torch.no_grad(), self.run.settled():  # to the end: some plans make the weights where they are needed
                 self.injection.weights = weights = self.run.parameters()
                 if self.text is not None:
