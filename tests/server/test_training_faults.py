@@ -1,8 +1,12 @@
 """SODA Train when disk, memory or numbers fail it: a sentence on the node, and a server that goes on."""
 
 import contextlib
+from pathlib import Path
 
+import psutil
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 from prompts import Playground, Prompt
 
@@ -63,3 +67,46 @@ def test_cancelled_in_a_sample_the_samples_before_are_kept(client, server, base_
     assert 192 < Image.open(strip).width < 2 * 192
     said = client.run(training(seed=303, steps=4, options={"sample_every": 1})[0]).texts[node]
     assert any("Went on from step 2" in text for text in said)
+
+
+@contextlib.contextmanager
+def little_memory(server):
+    """The server's process may take 150 MiB more than it has."""
+    if not hasattr(psutil.Process, "rlimit"):
+        pytest.skip("only Linux bounds another process")
+    process = psutil.Process(server.process.pid)
+    before = process.rlimit(psutil.RLIMIT_AS)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 150 * 2**20, before[1]))
+    yield
+    process.rlimit(psutil.RLIMIT_AS, before)
+
+
+def test_out_of_memory_says_what_to_lower(client, server, base_unchanged):
+    client.run(training(seed=304, steps=1)[0])
+    prompt, node = training(seed=305, batch_size=400, options={"memory": "fast"})
+    with (
+        little_memory(server),
+        pytest.raises(PromptFailed, match="not enough for batches of 400.*Lower batch_size") as at,
+    ):
+        client.run(prompt)
+    assert "was not enough for the plan frugal" in at.value.result.texts[node][-1]
+    client.run(training(seed=306, steps=1)[0])
+
+
+def test_a_run_that_diverges_goes_back_thrice_and_keeps_its_last_good_adapter(client, server, base_unchanged):
+    """One picture of many holds numbers whose squares are infinite; by this seed its turn comes at step 15."""
+    pictures = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pictures[7] *= 1e30
+    latent = {"latent_tensor": pictures, "latent_format_version_0": torch.tensor([])}
+    safetensors.torch.save_file(latent, server.base / "input" / "one_too_large.latent")
+    prompt, node = training(seed=314, steps=200, learning_rate=0.001)
+    prompt[node]["inputs"]["latents"] = [prompt.add("LoadLatent", latent="one_too_large.latent"), 0]
+    prompt[node]["inputs"]["positive"] = list(Playground(prompt).text())
+    with pytest.raises(PromptFailed, match="at step 15 .*after 3 times going back .*lower the learning rate") as caught:
+        client.run(prompt)
+    assert "went back to step 10" in caught.value.result.texts[node][-1]
+    path = Path(str(caught.value).rsplit(" is kept in ", 1)[1].removesuffix("."))
+    tensors = safetensors.torch.load_file(path)
+    assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
+    (told,) = [t for t in client.get_json("/soda/training")["trainings"] if t["node"] == node][-1:]
+    assert told["state"] == "failed"
