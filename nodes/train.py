@@ -148,7 +148,9 @@ class SodaTrain(io.ComfyNode):
         model, seed, role, targets = model[0], seed[0], role[0], targets[0]
         clip, vae, text, start_from = (v[0] if v else None for v in (clip, vae, sample_prompt, start_from))
         options = options[0] if options else TrainingOptions({})
-        samples = dataset.collect(latents if latents is not None else dataset.encode(images, vae), positive)
+        encoded = latents if latents is not None else dataset.encode(images, vae)
+        samples = dataset.collect(encoded, positive)
+        dataset.must_fit(samples, model)
         speaking = options.settings.get("text_encoder_rate", 0.0) > 0
         if speaking:
             samples = dataset.with_texts(samples, texts, clip)
@@ -163,7 +165,10 @@ class SodaTrain(io.ComfyNode):
             raise SodaTrainingError(
                 "Prior pictures need captions: wire both prior_latents and prior_positive, or none."
             )
-        prior = dataset.collect(prior_latents, prior_positive) if prior_latents is not None else []
+        prior = []
+        if prior_latents is not None:
+            prior = dataset.collect(prior_latents, prior_positive, "prior latent")
+            dataset.must_fit(prior, model, "prior latent")
         if prior and speaking:
             prior = dataset.with_texts(prior, prior_texts, clip, "prior_texts")
         prompt = None
@@ -190,12 +195,26 @@ class SodaTrain(io.ComfyNode):
             empty=dataset.encoded(clip, "") if settings.caption_dropout and clip is not None else None,
             clip=clip if speaking else None,
         )
-        with progress:
-            adapter, losses = train_or_reuse(
-                model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
-                reuse[0] if reuse else True, options.memory,
-            )  # fmt: skip
-        shown = None
-        if progress.strip.samples:
-            shown = ui.ImageSaveHelper.get_save_images_ui(progress.strip.tensor(), "soda/training", cls)
-        return io.NodeOutput(adapter, {"loss": losses}, len(losses), ui=shown)
+        try:
+            with progress:
+                adapter, losses = train_or_reuse(
+                    model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
+                    reuse[0] if reuse else True, options.memory,
+                )  # fmt: skip
+        except BaseException:
+            strip = cls._save_strip(progress)
+            if strip is not None:
+                progress.note("The samples so far are saved as {subfolder}/{filename}.".format(**strip.results[0]))
+            raise
+        return io.NodeOutput(adapter, {"loss": losses}, len(losses), ui=cls._save_strip(progress))
+
+    @classmethod
+    def _save_strip(cls, progress: TrainingProgress) -> ui.SavedImages | None:
+        """The samples side by side in the output folder; a full disk is no reason to lose a training."""
+        if not progress.strip.samples:
+            return None
+        try:
+            return ui.ImageSaveHelper.get_save_images_ui(progress.strip.tensor(), "soda/training", cls)
+        except OSError as error:
+            progress.note(f"The strip of samples could not be saved: {error}.")
+            return None

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import SodaFileError
 
 PART = ".soda-part"
@@ -43,9 +45,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, SafetensorError)):  # the latter is how safetensors reports a full disk
             remedy = "this is a folder, name a file in it" if path.is_dir() else "check the free space"
-            raise SodaFileError(f"{path}: the file cannot be written ({error.strerror or error}); {remedy}") from error
+            said = getattr(error, "strerror", None) or error
+            raise SodaFileError(f"{path}: the file cannot be written ({said}); {remedy}") from error
         raise
 
 

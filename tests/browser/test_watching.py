@@ -162,6 +162,41 @@ def test_two_pages_show_the_same_and_either_can_stop(open_at):
     assert other.locator(".soda-training").count() == 0
 
 
+OPEN_SUBGRAPH = """() => {
+  const outer = app.graph.nodes.find((node) => node.subgraph)
+  app.canvas.openSubgraph(outer.subgraph, outer)
+}"""
+
+
+def test_in_a_subgraph_it_is_watched_stopped_and_ends_with_the_strip(page):
+    """The node's id on the server is then that of the subgraph's node, a colon, and its own."""
+    build(page, 16, "a sks monster")
+    inner = page.evaluate(
+        """() => {
+          const node = app.graph.nodes.find((node) => node.type === 'SodaTrain')
+          const {subgraph} = app.graph.convertToSubgraph(new Set([node]))
+          return `${subgraph.id}:${subgraph.nodes[0].id}`
+        }"""
+    )
+    page.evaluate(OPEN_SUBGRAPH)
+    queue(page)
+    wait_for_step(page, 3)
+    page.locator(".soda-training .soda-sample").first.wait_for(state="attached")  # after step 4
+    stop_button(page).click()
+    text = wait_for_text(page, "stopped and kept after ")
+    wait_for_end(page)
+    assert text.startswith(f"stopped and kept after {steps_taken(page)} of 16 steps")
+    page.wait_for_function("(inner) => app.nodeOutputs[inner]?.images?.[0]?.subfolder === 'soda'", arg=inner)
+    page.wait_for_function("(inner) => !app.nodePreviewImages[inner]", arg=inner)  # which would hide the strip
+
+    saved = page.evaluate("JSON.stringify(app.rootGraph.serialize())")
+    page.evaluate("(graph) => app.loadGraphData(JSON.parse(graph))", saved)
+    page.evaluate(OPEN_SUBGRAPH)
+    wait_for_text(page, "stopped and kept after ")
+    drawing = page.locator(".soda-training svg").bounding_box()
+    assert drawing["width"] > 120 and drawing["height"] > 40 and len(points(page)) >= 4  # at any zoom
+
+
 def test_samples_are_marked_and_end_as_a_strip(page):
     build(page, 4, "a sks monster")
     queue(page)

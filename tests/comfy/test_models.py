@@ -103,6 +103,7 @@ def test_train_save_load_patch_sample_unpatch(name, tmp_path):
     model = model_zoo.build(name)
     before = weights(model)
     samples = dataset.collect([model_zoo.latents(name, model)], [model_zoo.conditioning(name)])
+    dataset.must_fit(samples, model)
     decomposition = "none" if name in WIDE else "lq"
     settings = TrainingSettings(steps=2, learning_rate=0.01, batch_size=1, seed=0)
     with torch.inference_mode():

@@ -8,11 +8,13 @@ import torch
 from small_models import conditioning, latents, load, lora, pixel_vae, small_clip, small_model, weights
 from soda_pack.soda.errors import SodaTrainingError
 from soda_pack.soda.hosts.comfy import dataset
+from soda_pack.soda.hosts.comfy.base import TrainableWeights
 from soda_pack.soda.hosts.comfy.batches import Batches
 from soda_pack.soda.hosts.comfy.diffusion import mean_error
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
 from soda_pack.soda.hosts.comfy.targets import attention_weights
+from soda_pack.soda.training.parameters import SodaParameters
 from soda_pack.soda.training.settings import TrainingSettings
 from training import Watcher, loss_of, run, untouched
 
@@ -137,8 +139,28 @@ def test_wrong_data_is_named():
         dataset.collect([latents(5)], [conditioning(), conditioning()])
     with pytest.raises(SodaTrainingError, match="Latent 1 of 1 holds NaN"):
         dataset.collect([{"samples": torch.full((1, 4, 8, 8), float("nan"))}], [conditioning()])
+    with pytest.raises(SodaTrainingError, match="Latent 2 of 2 is empty, as from Empty Latent Image"):
+        dataset.collect([latents(1), {"samples": torch.zeros(1, 4, 8, 8)}], [conditioning()])
+    with pytest.raises(SodaTrainingError, match="no prior latents"):
+        dataset.collect([], [conditioning()], "prior latent")
     with pytest.raises(SodaTrainingError, match="wire latents, or images"):
         dataset.encode(None, None)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 8, 8), (1, 4, 1, 8, 8), (1, 4, 8)])
+def test_latents_of_another_model_are_named_with_the_remedy(shape):
+    samples = dataset.collect([latents(1), {"samples": torch.ones(shape)}], [conditioning()])
+    dataset.must_fit(samples[:1], small_model())
+    with pytest.raises(SodaTrainingError, match="Prior latent 2 of 2 has .* takes 4 in 2. Encode the "):
+        dataset.must_fit(samples, small_model(), "prior latent")
+
+
+def test_cancelling_ends_the_decomposition_too():
+    model = small_model()
+    weights = TrainableWeights({model: attention_weights(model)})
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        SodaParameters(weights, "lq", 3)
 
 
 def test_batches_use_every_sample_before_any_twice():

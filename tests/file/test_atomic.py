@@ -15,6 +15,7 @@ from soda.adapter import Adapter, Layer
 from soda.atomic import PART, STALE_SECONDS, replace_file
 from soda.errors import SodaFileError
 from soda.file import load, save
+from soda.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,3 +101,24 @@ def test_two_writers_and_a_reader(tmp_path):
     for writer in writers:
         writer.join()
     assert hashes <= {adapter.content_hash for adapter in adapters} and os.listdir(tmp_path) == [path.name]
+
+
+ADAPTERS = [Adapter({"a": (Layer("none", None, (torch.zeros(n),)),)}) for n in (1, 4950)]
+STATES = [{"losses": torch.zeros(n)} for n in (1, 4950)]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path, i: save(ADAPTERS[i], path), lambda path, i: checkpoint.write(path, STATES[i])]
+)
+def test_a_full_disk_is_named_whatever_writes(tmp_path, write):
+    """safetensors has an error of its own for it. Here no file may grow beyond 4 KB."""
+    resource, path = pytest.importorskip("resource"), tmp_path / "f"
+    write(path, 0)
+    old, before = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(SodaFileError, match="cannot be written .*; check the free space"):
+            write(path, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["f"]

@@ -132,9 +132,11 @@ def latent_file(server, name: str, tensor: torch.Tensor) -> str:
 @pytest.mark.parametrize(
     ("name", "tensor", "says"),
     [
-        ("empty", torch.zeros(0, 3, 64, 64), "latent"),
+        ("none", torch.zeros(0, 3, 64, 64), "no latents"),
         ("nan", torch.full((1, 3, 64, 64), float("nan")), "NaN"),
-        ("channels", torch.zeros(1, 16, 64, 64), "channels"),
+        ("channels", torch.ones(1, 16, 64, 64), "takes 3 in 2. Encode the images with the VAE"),
+        ("dimensions", torch.ones(1, 3, 1, 64, 64), "takes 3 in 2. Encode the images with the VAE"),
+        ("empty", torch.zeros(1, 4, 64, 64), "Empty Latent Image. Wire encoded images"),
     ],
 )
 def test_bad_latents(client, server, base_unchanged, name, tensor, says):

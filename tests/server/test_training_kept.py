@@ -77,12 +77,15 @@ def test_the_same_inputs_give_the_finished_adapter_back_unless_reuse_is_off(clie
 
 
 def test_killed_and_resumed_on_a_fresh_server(client, adapters, tmp_path):
-    """kill -9 in mid-training; the server that comes after it has the same user folder."""
+    """kill -9 in mid-training; the server that comes after it has the same user folder. What had
+    ended before comes back at once, or is trained anew on demand."""
     prompt, _ = training("unkilled", seed=103)
     client.run(prompt)
+    ended, again = training("ended", seed=104, steps=3)
     comfyui, arguments = Path(os.environ["COMFYUI_PATH"]), ("--cpu", "--use-pytorch-cross-attention")
     first = Server(comfyui, sys.executable, ROOT, arguments=arguments, output=tmp_path)
     with first, Client(first) as doomed:
+        doomed.run(ended)
         prompt, node = training("killed", seed=103)
         kill = at_step(node, 13, first.process.kill)
         thread = threading.Thread(target=_run_to_its_death, args=(doomed, prompt, kill))
@@ -95,6 +98,9 @@ def test_killed_and_resumed_on_a_fresh_server(client, adapters, tmp_path):
         shutil.copytree(tmp_path / "soda", second.base / "user" / "soda")
         texts = fresh.run(prompt).texts[node]
         assert any("Went on from step 1" in text for text in texts), texts[:3]  # 10 to 19
+        assert "trained before" in fresh.run(ended).texts[again][-1]
+        ended[again]["inputs"]["reuse"] = False
+        assert "trained before" not in fresh.run(ended).texts[again][-1]
     assert same(tensors(tmp_path / "loras" / "soda", "killed"), tensors(adapters, "unkilled"))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
-from prompts import Playground, Prompt
+from prompts import PIXELS, Playground, Prompt
 
 from runner.client import PromptFailed, Refused
 
@@ -13,6 +13,17 @@ EVERYTHING = {
     "spectrum_rate": 0.5, "accumulation": 2, "gradient_clip": 0.5, "ema": 0.9, "layers": "*to_[qkv]", "augment": "on",
     "augment.views": 2, "augment.flip": True, "augment.crop": 0.1, "augment.colour": 0.1,
 }  # fmt: skip
+SINGLY = {
+    "dco": {"loss": "dco", "loss.beta": 500.0}, "min_snr_gamma": {"min_snr_gamma": 0.5},
+    "uniform": {"timesteps": "uniform"},
+    "logit-normal": {"timesteps": "logit-normal", "timesteps.mean": 0.3, "timesteps.std": 0.8},
+    "shifted": {"timesteps": "shifted", "timesteps.shift": 3.0}, "caption_dropout": {"caption_dropout": 0.7},
+    "noise_offset": {"noise_offset": 0.1}, "linear": {"schedule": "linear"}, "constant": {"schedule": "constant"},
+    "warm_up": {"warm_up": 1.0}, "spectrum_rate": {"spectrum_rate": 0.5}, "accumulation": {"accumulation": 2},
+    "gradient_clip": {"gradient_clip": 0.01}, "ema": {"ema": 0.9}, "layers": {"layers": "*attn2.to_k"},
+}  # fmt: skip
+# Views that vary in nothing.
+COPIES = {"augment": "on", "augment.views": 2, "augment.flip": False, "augment.crop": 0.0, "augment.colour": 0.0}
 
 
 def graph() -> tuple[Prompt, Playground]:
@@ -37,6 +48,47 @@ def test_all_options_at_once(client, adapters, base_unchanged):
     tensors, texts = saved(client, adapters, prompt, playground, node, "everything")
     assert all(".to_q." in name or ".to_k." in name or ".to_v." in name for name in tensors)
     assert "step 3/3" in texts[-1]
+
+
+@pytest.fixture(scope="module")
+def plain(client, adapters):
+    return singly(client, adapters, {})
+
+
+@pytest.fixture(scope="module")
+def copies(client, adapters):
+    return singly(client, adapters, COPIES)
+
+
+def singly(client, adapters, options, **settings) -> dict[str, torch.Tensor]:
+    """What a short training on small pictures gives under one option alone; the node itself encodes them."""
+    prompt, playground = graph()
+    drawings = (prompt.add("SodaPlaygroundDrawings", concept="fip"), 0)
+    size = {"width": PIXELS, "height": PIXELS, "upscale_method": "area", "crop": "disabled"}
+    images = (prompt.add("ImageScale", image=drawings, **size), 0)
+    node = playground.train(
+        playground.text("sks monster"), images=images, vae=playground.vae, clip=playground.clip,
+        options=playground.options(**options), **{"targets": "cross-attention", **settings},
+    )  # fmt: skip
+    return saved(client, adapters, prompt, playground, node, "singly")[0]
+
+
+@pytest.mark.parametrize("name", SINGLY)
+def test_each_option_changes_what_is_learnt(client, adapters, plain, name):
+    found = singly(client, adapters, SINGLY[name])
+    assert any(name not in found or not torch.equal(tensor, found[name]) for name, tensor in plain.items())
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@pytest.mark.parametrize(("view", "value"), [("flip", True), ("crop", 0.2), ("colour", 0.3)])
+def test_each_kind_of_augmentation_changes_what_is_learnt(client, adapters, copies, view, value):
+    found = singly(client, adapters, {**COPIES, f"augment.{view}": value})
+    assert any(not torch.equal(tensor, copies[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(("targets", "part"), [("cross-attention", ".attn2."), ("self-attention", ".attn1.")])
+def test_targets_choose_the_layers(client, adapters, targets, part):
+    assert all(part in name for name in singly(client, adapters, {}, targets=targets))
 
 
 def test_options_as_they_stand_change_nothing(client, adapters):

@@ -12,6 +12,7 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.quant_ops import QuantizedTensor
 from comfy.utils import get_attr
@@ -120,6 +121,7 @@ class TrainableWeights(UnpatchedWeights):
     precision; not copied where they already are so."""
 
     def __getitem__(self, layer: str) -> torch.Tensor:
+        throw_exception_if_processing_interrupted()  # each is decomposed, which takes minutes for all of a large model
         weight = super().__getitem__(layer).to(self.layers[layer].load_device)
         weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
         return alias(weight) if weight.is_inference() else weight

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...errors import SodaTrainingError
 
@@ -24,32 +25,56 @@ class Sample:
     text: str = ""
 
 
-def collect(latents: Sequence[dict], positive: Sequence[list]) -> list[Sample]:
-    """Pair every latent with its caption, in order. Wrong counts and numbers raise SodaTrainingError."""
+def collect(latents: Sequence[dict], positive: Sequence[list], kind: str = "latent") -> list[Sample]:
+    """Pair every latent with its caption, in order; `kind` is what errors call one. Wrong counts and numbers raise
+    SodaTrainingError."""
     images = [_normal(one[None]) for latent in latents for one in latent["samples"]]
     captions = [caption for conditioning in positive for caption in conditioning]
     if not images:
-        raise SodaTrainingError("There are no latents to train on: wire at least one encoded image.")
+        raise SodaTrainingError(f"There are no {kind}s to train on: wire at least one encoded image.")
     if not captions:
-        raise SodaTrainingError("There is no caption to train with: wire a conditioning, as from CLIP Text Encode.")
+        raise SodaTrainingError(
+            f"There is no caption to train with for the {kind}s: wire a conditioning, as from CLIP Text Encode."
+        )
     if len(captions) not in (1, len(images)):
         raise SodaTrainingError(
-            f"There are {len(images)} latents but {len(captions)} captions. "
+            f"There are {len(images)} {kind}s but {len(captions)} captions. "
             "Give one caption for each image in the same order, or a single caption for all of them."
         )
     for index, image in enumerate(images):
+        which = f"{kind.capitalize()} {index + 1} of {len(images)}"
         if not torch.isfinite(image).all():
-            raise SodaTrainingError(f"Latent {index + 1} of {len(images)} holds NaN or infinity. Encode it again.")
+            raise SodaTrainingError(f"{which} holds NaN or infinity. Encode it again.")
+        if not image.any():
+            raise SodaTrainingError(
+                f"{which} is empty, as from Empty Latent Image. Wire encoded images, as from VAE Encode."
+            )
     if len(captions) == 1:
         captions *= len(images)
     return [Sample(image, caption) for image, caption in zip(images, captions, strict=True)]
+
+
+def must_fit(samples: Sequence[Sample], patcher: ModelPatcher, kind: str = "latent") -> None:
+    """Raises SodaTrainingError for latents that are another model's."""
+    form = patcher.model.latent_format
+    inside = torch.zeros(1, form.latent_channels, *[2] * form.latent_dimensions)
+    wanted, *places = form.process_out(inside).shape[1:]  # as the VAE has it, which is not always as the model has it
+    for index, sample in enumerate(samples):
+        channels, *sizes = sample.latent.shape[1:]
+        if channels != wanted or len(sizes) != len(places):
+            raise SodaTrainingError(
+                f"{kind.capitalize()} {index + 1} of {len(samples)} has {channels} channels in {len(sizes)} "
+                f"dimensions, but the model {type(patcher.model).__name__} takes {wanted} in {len(places)}. Encode the "
+                "images with the VAE that belongs to this model."
+            )
 
 
 def encode(images: Sequence[torch.Tensor] | None, vae) -> list[dict]:
     """Latent dicts of a list of images, each (B, H, W, 3 or 4) in 0 to 1."""
     if not images or vae is None:
         raise SodaTrainingError("There is nothing to train on: wire latents, or images together with a VAE.")
-    return [{"samples": vae.encode(image[:, :, :, :3])} for image in images]
+    # One by one: some VAEs take a batch for the frames of a video.
+    return [{"samples": vae.encode(one[:, :, :, :3])} for image in images for one in image.split(1)]
 
 
 def with_texts(samples: Sequence[Sample], texts: Sequence[str] | None, clip, name: str = "texts") -> list[Sample]:

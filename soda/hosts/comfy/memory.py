@@ -63,6 +63,12 @@ class Memory:
             comfy.model_management.load_models_gpu(networks, beside, force_full_load=True)
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on a GPU, or in the words that torch has for a CPU."""
+    oom = comfy.model_management.is_oom(error) or isinstance(error, MemoryError)
+    return oom or "DefaultCPUAllocator" in str(error)
+
+
 def computing_dtype(patcher: ModelPatcher) -> torch.dtype:
     """What the adapted weights are made in: the dtype the model computes in, fp32 if that is no half precision."""
     dtype = patcher.model.get_dtype_inference()

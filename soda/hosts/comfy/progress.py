@@ -56,7 +56,7 @@ class TrainingProgress:
     def step(self, step: int, loss: float) -> None:
         """`step` counts from 0. One that was told before means that training went back to that state."""
         done = step + 1
-        left = self._time_left(done)
+        left = 0.0 if self.stop_requested() else self._time_left(done)
         self._live.step(done, loss, left)
         self._bar.update_absolute(done, self.steps)
         last = done == self.steps or self.stop_requested()

@@ -35,7 +35,7 @@ from .differentiable import differentiated
 from .diffusion import DiffusionLosses, transformer_options
 from .identity import layer_hashes, run_hash
 from .inject import Injection
-from .memory import AUTO, Memory, computing_dtype
+from .memory import AUTO, Memory, computing_dtype, ran_out
 from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .store import KeptRun
@@ -124,9 +124,10 @@ def train_adapter(
                 networks, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept,
                 resume, budget, plan,
             )  # fmt: skip
-        except torch.OutOfMemoryError:
-            pass  # and with the exception go the tensors that its frames hold
-        _release()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+        _release()  # now that the error is gone, and with it the tensors that its frames hold
         following = after(plan)
         if following is None:
             raise SodaTrainingError(_too_little(model, samples, settings))
@@ -239,7 +240,10 @@ def _last_good(run: TrainingRun, kept: KeptRun | None) -> str:
     kept.drop_checkpoint()
     if not run.step:
         return "."
-    path = kept.keep_last_good(Adapter(run.parameters.layers(), {}, "last good"))
+    try:
+        path = kept.keep_last_good(Adapter(run.parameters.layers(), {}, "last good"))
+    except SodaFileError as error:
+        return f". The adapter as it was after step {run.step} could not be kept: {error}"
     return f". The adapter as it was after step {run.step} is kept in {path}."
 
 
