@@ -158,6 +158,11 @@ class BasisCache:
         if self._folder is not None and to_disk:
             self._folder.put(key, basis)
 
+    def forget(self, key: Key) -> None:
+        """Let go of a basis in memory."""
+        with self._lock:
+            self._drop(key)
+
     def _keep(self, key: Key, basis: Basis) -> None:
         with self._lock:
             self._drop(key)

@@ -67,6 +67,16 @@ of the same name with its caption (dog1.jpg, dog1.txt: *a photo of sks dog*). Re
 1024, and your checkpoint in place of **SODA Playground**.
 3. Run. The playground never saw a photo: expect colours and rough shapes from it, not a portrait."""
 
+CONVERT_NOTE = """# Save a mix as an ordinary LoRA
+For tools and people without this pack. **SODA Convert** computes what the adapter changes on the model it was trained
+on, saves that as **output/loras/my_mix_00001_.safetensors** and says on the node how much of it the rank keeps; the
+*full difference* keeps everything and is as large as the adapted weights.
+
+**Load LoRA Model** (ComfyUI's own) uses it at once. Try rank 4, and compare.
+
+For another checkpoint than the adapter's own there is **SODA Transport** (model: the old one, new_model: the new one).
+In other packs' LoRA stacks, SODA files in *output/loras/soda* go by **SODA Stack**."""
+
 
 class Workflow:
     """A graph as data: `node` adds one and returns a function from output name to a link into another node's input."""
@@ -200,7 +210,31 @@ def train_on_photos() -> Workflow:
     return w
 
 
-WORKFLOWS = [load_one, mix_two, train_and_use, train_on_photos]
+def save_as_lora() -> Workflow:
+    w = Workflow("soda_5_save_as_lora", ["SodaConvert", "PreviewImage"])
+    w.note((0, 30, 320, 460), "Read me", CONVERT_NOTE)
+    base = w.node("SodaPlayground", (360, 70, 280, 90))
+    mix = w.node(
+        "SodaMix", (720, 70, 340, 430),
+        **rows({"adapter_name": SUBJECT_FILE, "weight": 1.2}, {"adapter_name": STYLE_FILE, "weight": 1.0}),
+        model=base("MODEL"), clip=base("CLIP"),
+    )  # fmt: skip
+    converted = w.node(
+        "SodaConvert", (1120, 70, 340, 230), **{"to": "LoRA", "to.rank": 32}, filename_prefix="my_mix",
+        model=base("MODEL"), adapter=mix(ADAPTER),
+    )  # fmt: skip
+    lora = w.node(
+        "LoraModelLoader", (1120, 370, 340, 130), strength_model=1.0, model=base("MODEL"), lora=converted("lora")
+    )
+    w.group("1. Model", "blue", (340, 0, 320, 520))
+    w.group("2. Two SODA adapters as one", "green", (700, 0, 380, 520))
+    w.group("3. As a LoRA", "brown", (1100, 0, 380, 520))
+    models = {"The SODA mix": mix("MODEL"), "The LoRA made of it": lora("model")}
+    sampling(w, 560, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), MIX_PROMPT, models)
+    return w
+
+
+WORKFLOWS = [load_one, mix_two, train_and_use, train_on_photos, save_as_lora]
 FIT = """(types) => { const nodes = app.graph.nodes.filter((n) => types.length === 0 || types.includes(n.type))
   const boxes = nodes.map((n) => { n.updateArea?.(); return n.boundingRect })
   const left = Math.min(...boxes.map((b) => b[0])), top = Math.min(...boxes.map((b) => b[1]))

@@ -14,8 +14,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 SHORT = {"KSampler": {"steps": 1}, "EmptyLatentImage": {"batch_size": 1}, "SodaTrain": {"steps": 2, "batch_size": 1}}
 
 
-def test_there_are_four_templates_with_a_thumbnail_each():
-    assert len(NAMES) == 4
+def test_there_are_five_templates_with_a_thumbnail_each():
+    assert len(NAMES) == 5
     assert sorted(path.stem for path in FOLDER.glob("*.jpg")) == NAMES
 
 

@@ -160,6 +160,19 @@ def test_a_changed_strength_computes_and_writes_nothing_again(loras, monkeypatch
     assert same(again, loaded(apply(model, [(one, 1.0)])[0]))
 
 
+def test_behind_changing_loras_no_bases_pile_up(loras, monkeypatch):
+    monkeypatch.setattr(stock, "_kept", {})
+    model = small_model(seed=14)
+    one = adapter(model)  # without sketches: its spectrum applies behind anything
+    sizes = []
+    for strength in (0.1, 0.2, 0.3, 0.4):
+        before = model.clone()
+        before.add_patches(lora(model), strength)
+        loaded(through_core(before, loras, one)[0])
+        sizes.append(CACHE.size)
+    assert sizes[0] < sizes[1] == sizes[2] == sizes[3]
+
+
 def test_rows_of_fused_weights(loras):
     model = model_zoo.build("Flux")
     one = adapter(model)

@@ -26,8 +26,8 @@ def photos(server) -> Path:
     return folder
 
 
-def test_four_workflows_with_thumbnails_are_shipped():
-    assert len(WORKFLOWS) >= 4
+def test_five_workflows_with_thumbnails_are_shipped():
+    assert len(WORKFLOWS) >= 5
     assert all((FOLDER / f"{name}.jpg").is_file() for name in WORKFLOWS)
 
 

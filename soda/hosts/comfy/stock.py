@@ -36,7 +36,7 @@ from ...basis_cache import sample, weight_hash
 from ...decomposition import Basis, Key, vector_dtype
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
-from ...fit import REFUSED_ERROR, rotation_only, spectrum_error
+from ...fit import REFUSED_ERROR, SILENT_ERROR, rotation_only, spectrum_error
 from ...kronecker import compact, expm_factors, rotate
 from ...precision import CPU
 from .base import CACHE, bounded_cache, matrix_shape
@@ -45,6 +45,8 @@ from .pinned import on_device
 log = logging.getLogger(__name__)
 REMEDY = "SODA Loader applies all of it"
 Rows = tuple[int, int] | None
+BASES = 2  # kept for each weight that is met here: of two models
+_kept: dict[tuple[str, torch.Size, Decomposition], list[Key]] = {}
 
 
 def register() -> None:
@@ -114,7 +116,7 @@ class StockAdapter(WeightAdapterBase):
         for rows, layer in self.layers(weight.device, strength):
             place = slice(None) if rows is None else slice(*rows)
             base = untouched[place].float()
-            layer, basis = file.fitting(layer, base, key, met)
+            layer, basis = file.fitting(layer, base, key if rows is None else f"{key}{list(rows)}", met)
             new = adapt(base, [layer], basis)
             if original_weight is None:
                 adapted[place] = new
@@ -212,27 +214,18 @@ class _File:
             cached: Key = (_hash(weight, seen), layer.decomposition)
             basis = CACHE.get(cached, weight.shape)
             computed = _computed(weight, layer.decomposition) if basis is None else basis
-            if not again and not self._fits(layer, computed, weight, key):
+            error = 0.0 if again else _error(layer, computed, weight)
+            if error > REFUSED_ERROR:
+                self.tell(f"where its spectrum would be off by about {error:.0%} ({key}), likely behind another patch")
                 self.unfit.add(seen)
                 return rotation_only({"": (layer,)})[""][0], {}
             kept = self.bytes <= CACHE.memory
             if basis is None and kept:
-                CACHE.put(cached, computed)
+                _keep((key, weight.shape), cached, computed, to_disk=not again and error < SILENT_ERROR)
             basis = computed
             met.bases[seen] = basis if again and not kept else None
         near = {name: on_device(tensor, weight.device, again) for name, tensor in basis.tensors().items()}
         return layer, {layer.decomposition: Basis.of(layer.decomposition, near)}
-
-    def _fits(self, layer: Layer, basis: Basis, weight: Tensor, key: str) -> bool:
-        """Whether the spectrum does what it did in training; if not, the log says so."""
-        if layer.delta is None or layer.sketch is None:
-            return True
-        host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
-        error = spectrum_error([(host, basis, weight.to(CPU))])
-        if error is None or error <= REFUSED_ERROR:
-            return True
-        self.tell(f"where its spectrum would be off by about {error:.0%} ({key}), likely behind another patch")
-        return False
 
     def tell(self, where: str) -> None:
         if not self.told:
@@ -258,6 +251,24 @@ def _computed(weight: Tensor, decomposition: Decomposition) -> Basis:
     """The basis of a weight (out, in) in its kept form, on the CPU."""
     ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device)
     return basis.kept()
+
+
+def _error(layer: Layer, basis: Basis, weight: Tensor) -> float:
+    """How far the spectrum is off from what it did in training; 0 where the file has no sketch of that."""
+    if layer.delta is None or layer.sketch is None:
+        return 0.0
+    host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
+    return spectrum_error([(host, basis, weight.to(CPU))]) or 0.0
+
+
+def _keep(place: tuple[str, torch.Size], key: Key, basis: Basis, to_disk: bool) -> None:
+    """Keep the basis of a weight of this name and shape, and the one before: behind LoRAs of changing strength it is
+    another weight each time, and would fill the memory with bases that nobody asks for again."""
+    CACHE.put(key, basis, to_disk)
+    kept = _kept.setdefault((*place, key[1]), [])
+    kept[:] = [*(known for known in kept if known != key), key]
+    if len(kept) > BASES:
+        CACHE.forget(kept.pop(0))
 
 
 def _as_stored(weight: Tensor) -> Tensor:
