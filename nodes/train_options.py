@@ -111,7 +111,7 @@ class SodaTrainOptions(io.ComfyNode):
                     options=list(MEMORY),
                     default=AUTO,
                     tooltip="auto: the fastest plan that fits the free memory. fast: everything at once. frugal: about "
-                    "a third more time, far less memory. low VRAM: the model stays in main memory as well.",
+                    "a third more arithmetic, far less memory. low VRAM: the model stays in main memory as well.",
                 ),
                 io.String.Input(
                     "layers",
