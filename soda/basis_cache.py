@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -83,17 +83,26 @@ class BasisCache:
             done += 1
             tell(done, len(weights))
             yield name, basis
+        writing: list[Future[None]] = []
         start_time = time.perf_counter()
-        for batch in decompose_batches(Some(weights, missing), decomposition, device=device, working_set=working_set):
-            taken = time.perf_counter() - start_time
-            kept = {name: basis.kept() for name, basis in batch.items()}
-            to_disk = taken * READ_RATE > sum(basis.nbytes for basis in kept.values())
-            for name, basis in kept.items():
-                self.put(keys[name], basis, to_disk)
-                done += 1
-                tell(done, len(weights))
-                yield name, basis
-            start_time = time.perf_counter()
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            for batch in decompose_batches(
+                Some(weights, missing), decomposition, device=device, working_set=working_set
+            ):
+                taken = time.perf_counter() - start_time
+                kept = {name: basis.kept() for name, basis in batch.items()}
+                for written in writing:  # of the batch before: what is not kept must not pile up
+                    written.result()
+                if self._folder is not None and taken * READ_RATE > sum(basis.nbytes for basis in kept.values()):
+                    writing = [pool.submit(self._folder.put, keys[name], basis) for name, basis in kept.items()]
+                for name, basis in kept.items():
+                    self._keep(keys[name], basis)
+                    done += 1
+                    tell(done, len(weights))
+                    yield name, basis
+                start_time = time.perf_counter()
+            for written in writing:
+                written.result()
 
     def _at_hand(self, keys: Mapping[str, Key], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""

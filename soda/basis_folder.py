@@ -11,13 +11,13 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_bytes
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -29,13 +29,17 @@ log = logging.getLogger(__name__)
 
 
 class BasisFolder:
-    """At most `limit` bytes of bases in `path`, which is made on the first write; the files longest unused go first."""
+    """At most `limit` bytes of bases in `path`, which is made on the first write; the files longest unused go first.
+
+    Threads may read and write at once.
+    """
 
     def __init__(self, path: str | os.PathLike, limit: int):
         self.path = Path(path)
         self.limit = limit
         self._unscanned = 0  # bytes that may be written before the folder is looked through again
         self._writable = True
+        self._lock = threading.Lock()
 
     def bound(self, limit: int) -> None:
         """Another limit from now on; what is beyond it goes at once."""
@@ -49,10 +53,10 @@ class BasisFolder:
         """The basis of a weight of this shape, or None."""
         file = self._file(key)
         try:
-            data = file.read_bytes()
+            with safe_open(file, "pt") as stored:  # mapped, so that one copy is all
+                tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
-            tensors = from_bytes(data)
             basis, checksum = Basis.of(key[1], tensors), tensors["checksum"]
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
@@ -67,13 +71,16 @@ class BasisFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if len(data) > self._unscanned:
-                self._make_room(len(data))
-            self._unscanned -= len(data)
+            with self._lock:
+                if len(data) > self._unscanned:
+                    self._make_room(len(data))
+                self._unscanned -= len(data)
             _write(self._file(key), data)
         except OSError as error:
-            self._writable = False
-            log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
+            with self._lock:
+                told, self._writable = not self._writable, False
+            if not told:
+                log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
 
     def _file(self, key: Key) -> Path:
         return self.path / f"{key[0]}.{key[1]}{SUFFIX}"
