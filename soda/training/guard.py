@@ -6,7 +6,14 @@ logarithm that is averaged, l -> E (decay 0.9), and E is judged by the spread s 
     trouble    E > least E so far + log 3 + 2 s    at 5 steps in a row
     calm       E < least E so far + half of that
 
-After 10 steps only; an error that is not finite is trouble at once.
+The least counts after 10 steps only, for at first E is that of a few noise levels. A rate far too high ruins a run
+before that. So it is trouble as well to be worse than nothing, a model whose output is 0, where one of the first 10 was
+better: with F the same average of log error - log error of nothing,
+
+    trouble    F > log 1.25    at 5 steps in a row
+    calm       F < 0 as well
+
+An error that is not finite is trouble at once.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ FIRST = 10
 PATIENCE = 5
 TIMES = 3.0
 SPREADS = 2.0
+WORSE = 1.25
 
 
 @dataclass
@@ -27,6 +35,8 @@ class Guard:
 
     steps: int = 0
     average: float = 0.0  # of log errors, to be divided by 1 - DECAY^steps
+    relative: float = 0.0  # the same of errors over those of nothing
+    better: bool = False  # than nothing, at one of the first steps
     least: float = math.inf
     seen: int = 0  # log errors of calm steps, their mean and, summed, their squared distances from it (Welford)
     mean: float = 0.0
@@ -34,25 +44,33 @@ class Guard:
     bad: int = 0
     calm: bool = True
 
-    def sees(self, error: float) -> bool:
-        """Whether the run has diverged with this step's error."""
+    def sees(self, error: float, nothing: float | None = None) -> bool:
+        """Whether the run has diverged with this step's error; `nothing`, if known, is that of an output of 0 on the
+        same batch."""
         if not math.isfinite(error):
             return True
         log = math.log(max(error, 1e-30))
         self.steps += 1
         self.average = DECAY * self.average + (1 - DECAY) * log
-        level = self.average / (1 - DECAY**self.steps)
+        whole = 1 - DECAY**self.steps
+        level = self.average / whole
         margin = math.log(TIMES) + SPREADS * math.sqrt(self.squares / max(1, self.seen - 1))
         above = level - self.least
-        self.calm = not above > margin / 2
-        if self.calm:  # what goes wrong does not widen the spread
+        if nothing:
+            over = log - math.log(nothing)
+            self.relative = DECAY * self.relative + (1 - DECAY) * over
+            self.better |= over < 0 and self.steps <= FIRST
+        beyond = self.relative / whole if self.better else -math.inf
+        near = not above > margin / 2
+        self.calm = near and not beyond > 0
+        if near:  # what goes wrong does not widen the spread
             self.seen += 1
             distance = log - self.mean
             self.mean += distance / self.seen
             self.squares += distance * (log - self.mean)
         if self.steps >= FIRST:
             self.least = min(self.least, level)
-        self.bad = self.bad + 1 if above > margin else 0
+        self.bad = self.bad + 1 if above > margin or beyond > math.log(WORSE) else 0
         return self.bad >= PATIENCE
 
     def state_dict(self) -> dict[str, float]:

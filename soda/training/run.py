@@ -25,10 +25,12 @@ Batch = TypeVar("Batch")
 
 
 class Losses(NamedTuple):
-    """Scalars of one batch: what is minimised, and the model's own error, by which a run is judged."""
+    """Scalars of one batch: what is minimised, and the model's own error, by which a run is judged; where known, the
+    error of an output of 0 too."""
 
     loss: Tensor
     error: Tensor
+    nothing: Tensor | None = None
 
 
 class Diverged(SodaTrainingError):
@@ -80,10 +82,10 @@ class TrainingRun:
         settings = self.settings
 
         def passes(batch: Batch) -> Tensor:
-            """Its loss and error `(2,)`; the gradients are added to what is there."""
+            """Its losses `(2,)` or `(3,)`; the gradients are added to what is there."""
             losses = losses_of(self.parameters(), batch)
             (losses.loss * (self.loss_scale / settings.accumulation)).backward()
-            return torch.stack([value.detach().float() for value in losses])
+            return torch.stack([value.detach().float() for value in losses if value is not None])
 
         for name, optimizer in self.optimizers.items():
             optimizer.zero_grad(set_to_none=False)
@@ -96,11 +98,11 @@ class TrainingRun:
         if self.loss_scale != 1.0:
             torch._foreach_div_([p.grad for p in self.trained if p.grad is not None], self.loss_scale)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip or math.inf)
-        loss, error, size = torch.cat([torch.stack(totals).mean(0), norm.reshape(1)]).tolist()
+        loss, error, *nothing, size = torch.cat([torch.stack(totals).mean(0), norm.reshape(1)]).tolist()
         at = f"at step {self.step + 1} of {settings.steps}"
         if not (math.isfinite(loss) and math.isfinite(size)):
             return f"the loss is {loss:g} and its gradient {size:g} {at}"
-        if self.guard.sees(error):
+        if self.guard.sees(error, *nothing):
             return f"the loss has risen far above where it was and is {loss:g} {at}"
         self._whole = False
         for optimizer in self.optimizers.values():

@@ -109,10 +109,10 @@ def test_timesteps_out_of_range(bad):
         Timesteps(**bad)
 
 
-def alarm(level, seed, steps=600, spread=0.5):
+def alarm(level, seed, steps=600, spread=0.5, nothing=None):
     """The step at which the guard gives the alarm about log errors around level(step), or None."""
     noise, guard = random.Random(seed), Guard()
-    return next((t for t in range(steps) if guard.sees(math.exp(level(t) + noise.gauss(0, spread)))), None)
+    return next((t for t in range(steps) if guard.sees(math.exp(level(t) + noise.gauss(0, spread)), nothing)), None)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.5, 1.5])
@@ -127,6 +127,18 @@ def test_the_guard_sees_a_divergence(spread, factor):
         alarm(lambda t: -3 + math.log(factor) * min(1, max(0, t - 100) / 20), seed, spread=spread) for seed in range(20)
     ]
     assert all(t is not None and t >= 100 for t in found) and statistics.median(found) < 160
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5, 1.5])
+def test_the_guard_sees_a_run_that_is_ruined_from_its_first_steps(spread):
+    """The log error rises from -3 to 1 over steps 0 to 40, that of nothing is 0."""
+    found = [alarm(lambda t: -3 + min(4, t / 10), seed, spread=spread, nothing=1.0) for seed in range(20)]
+    assert all(t is not None for t in found) and statistics.median(found) < 60
+
+
+def test_noise_and_a_model_that_is_worse_than_nothing_are_borne():
+    assert not any(alarm(lambda t: -0.5, seed, spread=0.7, nothing=1.0) for seed in range(20))
+    assert not any(alarm(lambda t: 2 - t / 200, seed, spread=0.2, nothing=1.0) for seed in range(20))
 
 
 def test_nan_is_trouble_at_once_and_the_guard_can_be_put_back():

@@ -217,6 +217,19 @@ def test_the_spectrum_has_a_rate_of_its_own():
     )
 
 
+@pytest.mark.parametrize(("factor", "told"), [(1.0, 0), (100.0, 1)])
+def test_a_run_that_ends_far_above_its_loss_says_so(factor, told):
+    """Of the last three batches, too few for an alarm."""
+    watch = Recorder()
+
+    def loss(adapted, batch):
+        value = noisy(adapted, batch).loss * (factor if batch >= 27 else 1.0)
+        return Losses(value, value)
+
+    train(new_run(steps=30), index, loss, watch)
+    assert len(watch.notes) == told and all("lower the learning rate (0.02)" in note for note in watch.notes)
+
+
 def test_a_diverging_run_goes_back_and_on_at_half_the_rate():
     """For some batches the loss is 1000 times as large and pulls away, the first time only."""
     run, watch, seen = new_run(steps=60), Recorder(), []

@@ -35,8 +35,8 @@ class Pass:
     """Samples alike in shape and condition, for one forward; `(B, ...)`.
 
     x: the noisy latent, x0 the clean one. sigma `(B,)`: the noise levels. c, weight `(B, 1 ...)`: the output's factor
-    in the denoised sample, and the weight of its squared error. share: of the whole batch. captions: what the
-    condition says of each sample, if asked for.
+    in the denoised sample, and the weight of its squared error. nothing: the mean error of an output of 0. share: of
+    the whole batch. captions: what the condition says of each sample, if asked for.
     """
 
     x: torch.Tensor
@@ -44,6 +44,7 @@ class Pass:
     sigma: torch.Tensor
     c: torch.Tensor
     weight: torch.Tensor
+    nothing: torch.Tensor
     condition: dict
     share: float
     captions: Sequence[Caption]
@@ -127,8 +128,10 @@ class _Data:
             signal, noisy = sampling.noise_scaling(sigma, zero, one), sampling.noise_scaling(sigma, one, zero)
             weight = min_snr((signal / noisy).square(), c, self.settings.min_snr_gamma)
         x = sampling.noise_scaling(sigma, noise, x0)
+        without = sampling.calculate_denoised(sigma, torch.zeros_like(x), x)
+        nothing = (((without - x0) / c).square() * weight).mean()
         told = captions if self.words else ()
-        return Pass(x, x0, sigma, c, weight, comfy.samplers.cond_cat(conditions), len(x0) / count, told)
+        return Pass(x, x0, sigma, c, weight, nothing, comfy.samplers.cond_cat(conditions), len(x0) / count, told)
 
     def _condition(self, caption: Caption, latent: torch.Tensor) -> dict:
         """Computed once per caption and latent shape."""

@@ -74,7 +74,8 @@ class DiffusionLosses:
             loss = dco(error, reference, self.settings.beta)
         if batch.prior:
             loss = loss + self.settings.prior_weight * self._error(weights, batch.prior)
-        return Losses(loss, error)
+        nothing = torch.stack([part.nothing * part.share for part in batch.passes]).sum()
+        return Losses(loss, error, nothing)
 
     def _error(self, weights: Mapping[str, torch.Tensor], passes: Sequence[Pass]) -> torch.Tensor:
         self.injection.weights = weights
