@@ -217,7 +217,7 @@ def test_the_spectrum_has_a_rate_of_its_own():
     )
 
 
-@pytest.mark.parametrize(("factor", "told"), [(1.0, 0), (100.0, 1)])
+@pytest.mark.parametrize(("factor", "told"), [(1.0, 0), (1e6, 1)])
 def test_a_run_that_ends_far_above_its_loss_says_so(factor, told):
     """Of the last three batches, too few for an alarm."""
     watch = Recorder()
