@@ -7,8 +7,8 @@ logarithm that is averaged, l -> E (decay 0.9), and E is judged by the spread s 
     calm       E < least E so far + half of that
 
 The least counts after 10 steps only, for at first E is that of a few noise levels. A rate far too high ruins a run
-before that. So it is trouble as well to be worse than nothing, a model whose output is 0, where one of the first 10 was
-better: with F the same average of log error - log error of nothing,
+before that. So it is trouble as well to be worse than nothing, a model whose output is 0: with F the same average of
+log error - log error of nothing, and where F < -log 2 at one of the first 10 steps,
 
     trouble    F > log 1.25    at 5 steps in a row
     calm       F < 0 as well
@@ -26,7 +26,7 @@ FIRST = 10
 PATIENCE = 5
 TIMES = 3.0
 SPREADS = 2.0
-WORSE = 1.25
+BETTER, WORSE = 2.0, 1.25
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Guard:
     steps: int = 0
     average: float = 0.0  # of log errors, to be divided by 1 - DECAY^steps
     relative: float = 0.0  # the same of errors over those of nothing
-    better: bool = False  # than nothing, at one of the first steps
+    better: bool = False  # than nothing, by far, at one of the first steps
     least: float = math.inf
     seen: int = 0  # log errors of calm steps, their mean and, summed, their squared distances from it (Welford)
     mean: float = 0.0
@@ -59,7 +59,7 @@ class Guard:
         if nothing:
             over = log - math.log(nothing)
             self.relative = DECAY * self.relative + (1 - DECAY) * over
-            self.better |= over < 0 and self.steps <= FIRST
+            self.better |= self.relative / whole < -math.log(BETTER) and self.steps <= FIRST
         beyond = self.relative / whole if self.better else -math.inf
         near = not above > margin / 2
         self.calm = near and not beyond > 0

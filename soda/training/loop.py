@@ -70,7 +70,7 @@ def train(
         raise
     if keep is not None and run.step < settings.steps:
         keep(run.state_dict())
-    if run.step == settings.steps and not run.guard.calm:
+    if run.step == settings.steps and run.guard.bad:
         progress.note(f"The loss ended far above where it was: lower the learning rate ({settings.learning_rate:g}).")
     if run.average is not None:
         run.average.write()
