@@ -10,6 +10,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parents[2]))
 settings.register_profile("ladder", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("ladder")
+collect_ignore = [] if torch.cuda.is_available() else ["test_training_graph_cuda.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")
