@@ -60,6 +60,7 @@ def main() -> None:
     from pack.hosts.comfy.memory import Memory
     from pack.hosts.comfy.progress import TrainingProgress
     from pack.hosts.comfy.targets import attention_weights
+    from pack.hosts.comfy.task import Task
     from pack.training.plan import PLANS
     from pack.training.settings import TrainingSettings
 
@@ -68,6 +69,7 @@ def main() -> None:
     patcher, (latents, positive) = case.patcher(), case.data()
     samples, layers = dataset.collect([latents], [positive]), list(attention_weights(patcher))
     settings = TrainingSettings(steps=STEPS, learning_rate=1e-3, batch_size=arguments.batch)
+    task = Task(patcher, samples, settings, arguments.decomposition)
     budget = Memory.of({patcher: layers}, samples, (), settings, arguments.decomposition)
     numbers = sum(w.numel() for key, w in patcher.model.named_parameters() if key.removesuffix(".weight") in layers)
     size = patcher.model_size() / GIB
@@ -78,10 +80,7 @@ def main() -> None:
 
         def run(plan=plan):
             with torch.inference_mode():
-                progress = TrainingProgress(STEPS, None)
-                train.train_adapter(
-                    patcher, samples, settings, arguments.decomposition, 3, "subject", progress, memory=plan
-                )
+                train.train_adapter(task, TrainingProgress(STEPS, None), memory=plan)
 
         start = time.perf_counter()
         taken = (profiled if arguments.small else on_gpu)(run)

@@ -132,6 +132,7 @@ def core(case: Case, bypass: bool) -> dict[str, float]:
 def soda(case: Case, decomposition: str) -> dict[str, float]:
     from pack.hosts.comfy import dataset, train
     from pack.hosts.comfy.progress import TrainingProgress
+    from pack.hosts.comfy.task import Task
     from pack.training.settings import TrainingSettings
 
     patcher, (latents, positive) = case.patcher(), case.data()
@@ -140,9 +141,8 @@ def soda(case: Case, decomposition: str) -> dict[str, float]:
     def run(steps: int) -> None:
         with torch.inference_mode():
             settings = TrainingSettings(steps=steps, learning_rate=1e-3, batch_size=case.batch)
-            _, losses = train.train_adapter(
-                patcher, samples, settings, decomposition, 3, "subject", TrainingProgress(steps, None)
-            )
+            task = Task(patcher, samples, settings, decomposition)
+            _, losses = train.train_adapter(task, TrainingProgress(steps, None))
             assert len(losses) == steps
 
     return by_lengths(run)

@@ -12,7 +12,8 @@ from ..soda.hosts.comfy.options import TrainingOptions
 from ..soda.hosts.comfy.preview import SamplePrompt
 from ..soda.hosts.comfy.progress import TrainingProgress
 from ..soda.hosts.comfy.targets import TARGETS
-from ..soda.hosts.comfy.train import Extras, train_or_reuse
+from ..soda.hosts.comfy.task import Extras, Task
+from ..soda.hosts.comfy.train import train_or_reuse
 from ..soda.training.presets import LEARNING_RATES
 from ..soda.training.settings import TrainingSettings
 from .sockets import CATEGORY, ROLES, SODA_ADAPTER, SODA_TRAIN_OPTIONS
@@ -195,12 +196,10 @@ class SodaTrain(io.ComfyNode):
             empty=dataset.encoded(clip, "") if settings.caption_dropout and clip is not None else None,
             clip=clip if speaking else None,
         )
+        task = Task(model, samples, settings, decomposition[0], factors[0], role, targets, extras)
         try:
             with progress:
-                adapter, losses = train_or_reuse(
-                    model, samples, settings, decomposition[0], factors[0], role, progress, prompt, targets, extras,
-                    reuse[0] if reuse else True, options.memory,
-                )  # fmt: skip
+                adapter, losses = train_or_reuse(task, progress, prompt, reuse[0] if reuse else True, options.memory)
         except BaseException:
             strip = cls._save_strip(progress)
             if strip is not None:

@@ -24,6 +24,7 @@ from soda_pack.soda.hosts.comfy.fit import shapes
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.targets import attention_weights
+from soda_pack.soda.hosts.comfy.task import Task
 from soda_pack.soda.hosts.comfy.train import train_adapter
 from soda_pack.soda.training.settings import TrainingSettings
 
@@ -107,9 +108,7 @@ def test_train_save_load_patch_sample_unpatch(name, tmp_path):
     decomposition = "none" if name in WIDE else "lq"
     settings = TrainingSettings(steps=2, learning_rate=0.01, batch_size=1, seed=0)
     with torch.inference_mode():
-        trained, losses = train_adapter(
-            model, samples, settings, decomposition, 2, "subject", TrainingProgress(2, None)
-        )
+        trained, losses = train_adapter(Task(model, samples, settings, decomposition, 2), TrainingProgress(2, None))
     load(model)
     assert same(before, weights(model)) and not model.injections
     assert set(trained.layers) == set(attention_weights(model)) and all(loss == loss for loss in losses)

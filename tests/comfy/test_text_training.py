@@ -17,7 +17,7 @@ from soda_pack.soda.hosts.comfy.options import TrainingOptions
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
 from soda_pack.soda.hosts.comfy.targets import attention_weights, text_attention_weights
-from soda_pack.soda.hosts.comfy.train import Extras
+from soda_pack.soda.hosts.comfy.task import Extras
 from soda_pack.soda.training.plan import PLANS
 from soda_pack.soda.training.run import TrainingRun
 from test_memory_plans import alike

@@ -19,7 +19,7 @@ from soda_pack.soda.hosts.comfy.identity import run_hash
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.store import CHECKPOINT, FINISHED, KEPT, LAST_GOOD, KeptRun
 from soda_pack.soda.hosts.comfy.targets import attention_weights
-from soda_pack.soda.hosts.comfy.train import Extras
+from soda_pack.soda.hosts.comfy.task import Extras
 from soda_pack.soda.training.settings import TrainingSettings
 from training import Watcher, data, kept, run, untouched
 

@@ -24,7 +24,7 @@ from soda_pack.soda.hosts.comfy import augment, dataset
 from soda_pack.soda.hosts.comfy.batches import Batches
 from soda_pack.soda.hosts.comfy.patch import apply, attached
 from soda_pack.soda.hosts.comfy.targets import attention_weights
-from soda_pack.soda.hosts.comfy.train import Extras
+from soda_pack.soda.hosts.comfy.task import Extras
 from soda_pack.soda.training.settings import TrainingSettings
 from soda_pack.soda.training.timesteps import Timesteps
 from training import Watcher, data, loss_of, run, untouched

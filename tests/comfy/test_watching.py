@@ -12,6 +12,7 @@ from soda_pack.soda.hosts.comfy.curve import LONGEST, LossCurve
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
 from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.strip import COLUMNS, MOST, Strip
+from soda_pack.soda.hosts.comfy.task import Task
 from soda_pack.soda.hosts.comfy.train import train_adapter
 from soda_pack.soda.training.settings import TrainingSettings
 
@@ -90,11 +91,9 @@ def test_when_a_sample_is_due(every, steps, expected):
 def train(vae, steps: int = 2) -> TrainingProgress:
     samples = dataset.collect([latents(1, channels=3)], [conditioning()])
     progress = TrainingProgress(steps, None)
+    task = Task(small_model(channels=3), samples, TrainingSettings(steps, batch_size=1))
     with torch.inference_mode():
-        _, losses = train_adapter(
-            small_model(channels=3), samples, TrainingSettings(steps, batch_size=1), "lq", 3, "subject", progress,
-            SamplePrompt(small_clip(), vae, "a cat", 1, every=1),
-        )  # fmt: skip
+        _, losses = train_adapter(task, progress, SamplePrompt(small_clip(), vae, "a cat", 1, every=1))
     assert len(losses) == steps
     return progress
 

@@ -9,7 +9,8 @@ from soda_pack.soda.hosts.comfy import dataset
 from soda_pack.soda.hosts.comfy.batches import Batches
 from soda_pack.soda.hosts.comfy.diffusion import mean_error
 from soda_pack.soda.hosts.comfy.progress import TrainingProgress
-from soda_pack.soda.hosts.comfy.train import Extras, train_adapter, train_or_reuse
+from soda_pack.soda.hosts.comfy.task import Extras, Task
+from soda_pack.soda.hosts.comfy.train import train_adapter, train_or_reuse
 from soda_pack.soda.training.settings import TrainingSettings
 
 PLAIN = Extras()
@@ -44,21 +45,18 @@ def data(count=3):
 def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, progress=None, rate=0.01, batch=2,
         prompt=None, targets="all attention", extras=PLAIN, memory="auto", **settings):  # fmt: skip
     settings = TrainingSettings(steps=steps, learning_rate=rate, batch_size=batch, seed=seed, **settings)
+    task = Task(model, samples or data(), settings, decomposition, factors, targets=targets, extras=extras)
     with torch.inference_mode():
-        return train_adapter(
-            model, samples or data(), settings, decomposition, factors, "subject", progress or Watcher(steps), prompt,
-            targets, extras, memory=memory,
-        )  # fmt: skip
+        return train_adapter(task, progress or Watcher(steps), prompt, memory=memory)
 
 
 def kept(model, steps=12, progress=None, samples=None, role="subject", targets="auto", extras=PLAIN, reuse=True,
          **settings):  # fmt: skip
     """A training whose run is kept on disk."""
     settings = TrainingSettings(**{"steps": steps, "learning_rate": 0.02, "batch_size": 2, **settings})
+    task = Task(model, samples or data(), settings, role=role, targets=targets, extras=extras)
     with torch.inference_mode():
-        return train_or_reuse(
-            model, samples or data(), settings, "lq", 3, role, progress or Watcher(steps), None, targets, extras, reuse
-        )
+        return train_or_reuse(task, progress or Watcher(steps), reuse=reuse)
 
 
 def untouched(model, before):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,14 +11,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
-from ...adapter import Adapter, Decomposition
+from ...adapter import Adapter
 from ...atomic import replace_file
 from ...file import save
 from ...fingerprint import joint_hash
 from ...metadata import describe, label, thumbnail_of, with_thumbnail
-from ...training.settings import TrainingSettings
-from .dataset import Sample
 from .preview import image_of
+from .task import Task
 
 # ComfyUI's model configuration -> the identifier that modelspec gives the base architecture.
 ARCHITECTURES = {
@@ -60,25 +59,22 @@ def jpeg(picture: Image.Image, side: int = THUMBNAIL_SIDE) -> bytes:
     return out.getvalue()
 
 
-def training_metadata(
-    patcher: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, targets: str, hashes: Mapping[str, str], sample: Image.Image | None = None,
-) -> dict[str, str]:  # fmt: skip
+def training_metadata(task: Task, hashes: Mapping[str, str], sample: Image.Image | None = None) -> dict[str, str]:
     """Metadata of a freshly trained adapter; `hashes` are those of the base weights it was trained on, by layer. A
     sample of it becomes its thumbnail."""
     training = {
-        **asdict(settings),
-        "decomposition": decomposition,
-        "factors": factors,
-        "targets": targets,
-        "images": len(samples),
-        "latent_sizes": sorted({"x".join(map(str, s.latent.shape[2:])) for s in samples}),
+        **asdict(task.settings),
+        "decomposition": task.decomposition,
+        "factors": task.factors,
+        "targets": task.resolved(),
+        "images": len(task.samples),
+        "latent_sizes": task.latent_sizes(),
     }
     described = describe(
         title="untitled",
-        role=role,
-        architecture=architecture(patcher),
-        base_model=base_name(patcher),
+        role=task.role,
+        architecture=architecture(task.model),
+        base_model=base_name(task.model),
         base_hash=joint_hash(hashes),
         training=training,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,73 +17,50 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...adapter import Adapter, Decomposition, Layer
+from ...adapter import Adapter, Layer
 from ...errors import SodaFileError, SodaTrainingError
 from ...training.layers import added, difference, put
 from ...training.loop import Keep, train
 from ...training.parameters import SodaParameters
 from ...training.plan import Plan, after
 from ...training.run import Diverged, TrainingRun
-from ...training.settings import TrainingSettings
 from .base import TrainableWeights
 from .batches import Batches
 from .beside import take_off
-from .chosen import chosen_text_weights, chosen_weights, resolve
 from .dataset import Sample
 from .describe import training_metadata
 from .differentiable import differentiated
 from .diffusion import DiffusionLosses, transformer_options
-from .identity import layer_hashes, run_hash
+from .identity import layer_hashes
 from .inject import Injection
 from .memory import AUTO, Memory, computing_dtype, ran_out
 from .preview import SamplePrompt, show_sample
 from .progress import TrainingProgress
 from .store import KeptRun
+from .task import Networks, Task
 from .text_encoder import TextEncoder
 
 FP16_SCALE = 1024.0
 NOT_KEPT = "This run is not kept on disk"
 
 
-@dataclass(frozen=True)
-class Extras:
-    """What a training may have beside its samples.
-
-    layers: a pattern over layer names, "" for all. start_from: the adapter whose weights it starts with. prior: samples
-    on which the model shall stay as it is. empty: the empty caption, for caption dropout. clip: a CLIP to train as
-    well, on the words of the captions, which the samples then know.
-    """
-
-    layers: str = ""
-    start_from: Adapter | None = None
-    prior: Sequence[Sample] = ()
-    empty: list | None = None
-    clip: Any = None
-
-
 def train_or_reuse(
-    model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
-    targets: str = "all attention", extras: Extras = Extras(), reuse: bool = True, memory: str = AUTO,
-) -> tuple[Adapter, list[float]]:  # fmt: skip
+    task: Task, progress: TrainingProgress, prompt: SamplePrompt | None = None, reuse: bool = True, memory: str = AUTO
+) -> tuple[Adapter, list[float]]:
     """`train_adapter`, whose run is kept on disk under a hash of all its inputs.
 
     With `reuse` the same inputs give back the finished adapter, or go on from the last checkpoint. Both are said on
     the node.
     """
-    targets = resolve(model, targets, role)
-    layers = chosen_weights(model, targets, extras.layers)
-    kept = KeptRun(run_hash(model, layers, samples, settings, decomposition, factors, role, extras))
+    kept = KeptRun(task.hash())
     found = kept.finished() if reuse else None
     if found is not None:
         progress.note("The same inputs were trained before: this is that adapter. Turn reuse off to train anew.")
         progress.restore(found[1])
         return found
-    adapter, losses = train_adapter(
-        model, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept, reuse, memory
-    )
-    if len(losses) < settings.steps:
-        progress.note(f"Stopped after step {len(losses)} of {settings.steps}; the adapter is as it was then.")
+    adapter, losses = train_adapter(task, progress, prompt, kept, reuse, memory)
+    if len(losses) < task.settings.steps:
+        progress.note(f"Stopped after step {len(losses)} of {task.settings.steps}; the adapter is as it was then.")
     else:
         with _told(progress):
             kept.finish(adapter, losses)
@@ -91,12 +68,10 @@ def train_or_reuse(
 
 
 def train_adapter(
-    model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings, decomposition: Decomposition,
-    factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None = None,
-    targets: str = "all attention", extras: Extras = Extras(), kept: KeptRun | None = None, resume: bool = False,
-    memory: str = AUTO,
+    task: Task, progress: TrainingProgress, prompt: SamplePrompt | None = None, kept: KeptRun | None = None,
+    resume: bool = False, memory: str = AUTO,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
-    """(adapter, loss of every step); `targets` is one of `targets.TARGETS`, or `auto`.
+    """(adapter, loss of every step).
 
     The same inputs and seed give the same tensors on a CPU, also where the run was interrupted and resumed: with
     `kept` it leaves checkpoints, with `resume` it goes on from the last one.
@@ -108,29 +83,23 @@ def train_adapter(
     part of their mix (see `beside`). Raises SodaTrainingError for what cannot be trained, a run that diverged, and
     where memory runs out.
     """
-    targets = resolve(model, targets, role)
-    networks = {model: chosen_weights(model, targets, extras.layers)}
-    if extras.clip is not None:
-        networks[extras.clip.patcher] = chosen_text_weights(extras.clip.patcher)
+    networks = task.networks()
     if kept is not None and not resume:
         kept.drop_checkpoint()
     while True:
-        budget = Memory.of(networks, samples, extras.prior, settings, decomposition)
+        budget = Memory.of(networks, task.samples, task.extras.prior, task.settings, task.decomposition)
         plan: Plan = budget.plan(memory)
         if plan != "fast" or not comfy.model_management.is_device_cpu(budget.device):
             progress.note(budget.text(plan))
         try:
-            return _train(
-                networks, samples, settings, decomposition, factors, role, progress, prompt, targets, extras, kept,
-                resume, budget, plan,
-            )  # fmt: skip
+            return _train(task, networks, progress, prompt, kept, resume, budget, plan)
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
         _release()  # now that the error is gone, and with it the tensors that its frames hold
         following = after(plan)
         if following is None:
-            raise SodaTrainingError(_too_little(model, samples, settings))
+            raise SodaTrainingError(_too_little(task))
         progress.note(f"The memory was not enough for the plan {plan}.")
         memory, resume = following, True
 
@@ -140,21 +109,20 @@ def _release() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def _too_little(model: ModelPatcher, samples: Sequence[Sample], settings: TrainingSettings) -> str:
-    sizes = " and ".join(sorted({"x".join(map(str, s.latent.shape[2:])) for s in samples}))
+def _too_little(task: Task) -> str:
+    sizes, batch = " and ".join(task.latent_sizes()), task.settings.batch_size
     return (
-        f"The memory of {model.load_device} is not enough for batches of {settings.batch_size} at latent size {sizes}. "
-        "Lower batch_size (and raise accumulation in SODA Train Options instead), use smaller images, or close what "
-        "else uses this device. The model is as it was; with reuse on, the same inputs go on from the last step."
+        f"The memory of {task.model.load_device} is not enough for batches of {batch} at latent size {sizes}. Lower "
+        "batch_size (and raise accumulation in SODA Train Options instead), use smaller images, or close what else "
+        "uses this device. The model is as it was; with reuse on, the same inputs go on from the last step."
     )
 
 
 def _train(
-    networks: Mapping[ModelPatcher, dict[str, str]], samples: Sequence[Sample], settings: TrainingSettings,
-    decomposition: Decomposition, factors: int, role: str, progress: TrainingProgress, prompt: SamplePrompt | None,
-    targets: str, extras: Extras, kept: KeptRun | None, resume: bool, memory: Memory, plan: Plan,
+    task: Task, networks: Networks, progress: TrainingProgress, prompt: SamplePrompt | None, kept: KeptRun | None,
+    resume: bool, memory: Memory, plan: Plan,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
-    """`networks` are the diffusion model and a CLIP's, if that trains, with the weights to train: name -> key."""
+    settings, extras = task.settings, task.extras
     if settings.caption_dropout and extras.empty is None:
         raise SodaTrainingError("caption_dropout needs the empty caption: wire a clip into SODA Train, or set it to 0.")
     clones = {_trainable_clone(network): keys for network, keys in networks.items()}
@@ -168,9 +136,9 @@ def _train(
         dtype = computing_dtype(patcher)
         weights = TrainableWeights(clones)
         of_text = {name for _, keys in others for name in keys}
-        parameters = SodaParameters(weights, decomposition, factors, dtype=dtype, plan=plan, text=of_text)
+        parameters = SodaParameters(weights, task.decomposition, task.factors, dtype=dtype, plan=plan, text=of_text)
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
-        batches = Batches(patcher, samples, settings, extras.empty, extras.prior, words=text is not None)
+        batches = Batches(patcher, task.samples, settings, extras.empty, extras.prior, words=text is not None)
         with Injection(patcher, keys, again=plan != "fast") as injection, text or contextlib.nullcontext():
             transformer_options(patcher)
             losses_of = DiffusionLosses(patcher, injection, settings, reference, text)
@@ -183,17 +151,15 @@ def _train(
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 return batches(index)
 
-            watch = _Watch(progress, run, injection, patcher, prompt, samples, load, text)
+            watch = _Watch(progress, run, injection, patcher, prompt, task.samples, load, text)
             try:
                 losses = differentiated(lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress)))
             except Diverged as error:
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
         layers = difference(parameters.layers(), frozen, beside)
     hashes = {name: value for network, keys in networks.items() for name, value in layer_hashes(network, keys).items()}
-    model, *_ = networks
     sample = progress.strip.samples[-1][1] if progress.strip.samples else None
-    metadata = training_metadata(model, samples, settings, decomposition, factors, role, targets, hashes, sample)
-    return Adapter(layers, metadata, "trained adapter"), losses
+    return Adapter(layers, training_metadata(task, hashes, sample), "trained adapter"), losses
 
 
 def _start(
