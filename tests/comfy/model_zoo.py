@@ -243,6 +243,10 @@ def config(name: str):
     return made
 
 
+# Buffers that are uninitialised memory until a checkpoint fills them.
+BARE = ("pos_embed", "_conditioning", "inv_freq", "adaln_t_table")
+
+
 def build(name: str, device: torch.device = CPU, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """A ModelPatcher around the small model with random weights (none on the meta device), made under inference mode
     as ComfyUI's loaders make it."""
@@ -257,7 +261,7 @@ def build(name: str, device: torch.device = CPU, seed: int = 0) -> comfy.model_p
                 offset = 1.0 if parameter.ndim == 1 and "norm" in key and key.endswith(("weight", "scale")) else 0.0
                 parameter.data.copy_(numbers * (fan_in**-0.5 if parameter.ndim > 1 else 0.1) + offset)
             for key, buffer in model.named_buffers():
-                if key.endswith("pos_embed"):  # SD 3's are bare memory until a checkpoint fills them
+                if key.endswith(BARE):
                     buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
         model.requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
