@@ -30,7 +30,7 @@ def training(prefix: str, **settings) -> tuple[Prompt, str]:
 
 
 def tensors(adapters, prefix):
-    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}_*")))
+    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}_0*")))
 
 
 def same(one, other) -> bool:

@@ -42,7 +42,7 @@ def trained(client, adapters, prefix, node_between=None, **settings):
     client.run(prompt)
     (told,) = [t for t in client.get_json("/soda/training")["trainings"] if t["node"] == node][-1:]
     losses = [loss for _, loss, _ in told["points"]]
-    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}_*"))), losses
+    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}_0*"))), losses
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def saved(client, adapters, prompt, playground, node, prefix) -> tuple[dict[str,
     """(the tensors of the trained file, what the training node said)."""
     playground.save((node, 0), prefix)
     result = client.run(prompt)
-    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}*"))), result.texts[node]
+    return safetensors.torch.load_file(max(adapters.glob(f"{prefix}_0*"))), result.texts[node]
 
 
 def test_all_options_at_once(client, adapters, base_unchanged):
