@@ -58,7 +58,7 @@ class BasisFolder:
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
             basis, checksum = Basis.of(key[1], tensors), tensors["checksum"]
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError):  # torch maps files, and raises its own
             return None
         return basis if basis.fits(shape) and torch.equal(checksum, _checksum(basis)) else None
 
