@@ -61,6 +61,7 @@ class Graphs:
                 self._attempts -= 1
                 if not self._attempts:
                     log.warning("This training step cannot be recorded as a CUDA graph: %s", error)
+            if form not in self._recorded:  # now that the error is gone, and with it the tensors that its frames hold
                 return passes(batch)
         recorded = self._recorded[form]
         torch._foreach_copy_(recorded.inputs, _tensors(batch))
