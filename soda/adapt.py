@@ -69,4 +69,4 @@ def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations) -> Te
     total = w.clone() if svd or (spectra and w is weight) else w
     for spectrum in spectra:
         add_spectral_change(total, *spectrum, w)
-    return turns.output.turn(turns.input.turn(total).mT).mT
+    return turns.turned(total)

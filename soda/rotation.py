@@ -50,6 +50,10 @@ class Rotations:
     input: Rotation = Rotation()
     output: Rotation = Rotation()
 
+    def turned(self, weight: Tensor) -> Tensor:
+        """output W input^T of a W `(out, in)`."""
+        return self.output.turn(self.input.turn(weight).mT).mT
+
 
 def rotations(
     layers: Mapping[str, Sequence[Layer]], strength: float, device: torch.device, dtype: torch.dtype = torch.float32

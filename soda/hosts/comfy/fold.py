@@ -1,25 +1,32 @@
 """What the SODA patches of one model share: the mix that they apply, made ready for a strength and a device at once.
 
-A patch is asked for one weight at a time, under low VRAM in every forward. So what is small (the rotations' factors and
-the spectra) is made for all layers together when the first weight is met, and lies on the device while it is in use:
-ComfyUI's cache may hold the models of a hundred strengths that somebody tried. What is large, the vectors of the bases,
-travels with each patch; or, where the user's settings leave no memory for it, is made from the weight at hand.
+A patch is asked for one weight at a time: once, where ComfyUI merges it into the weight, or in every forward, where it
+has no room for that. What is small (the rotations' factors and the spectra) is made for all layers together when the
+first weight is met, and lies on the device while it is in use: ComfyUI's cache may hold the models of a hundred
+strengths that somebody tried. What is large, the vectors of the bases, lies in main memory; or is made from the weight
+at hand, where the user's settings leave no memory for it.
+
+A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
+on, so that all forwards are alike, and kept from the second on. It is an eighth to a half of the bytes that the vectors
+would send over the bus each time.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...adapt import Spectrum
+from ...adapt import Spectrum, changed
 from ...adapter import Adapter, Decomposition, Layer
 from ...bases import decompose_all
-from ...decomposition import Basis, Key
+from ...compressed import Compressed
+from ...decomposition import Basis, Key, add_spectral_change
+from ...precision import CPU
 from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases
 from .pinned import on_device
@@ -27,7 +34,6 @@ from .pinned import on_device
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
 Place = tuple[str, Decomposition]
-Vectors = tuple[Tensor | None, Tensor | None]  # left, right
 
 
 class Ready(NamedTuple):
@@ -39,28 +45,53 @@ class Ready(NamedTuple):
 
 @dataclass(eq=False)
 class Fold:
-    """The mix of all SODA adapters on one model."""
+    """The mix of all SODA adapters on one model, and the bases that are kept for it."""
 
     mix: Adapter
-
-    def __post_init__(self) -> None:
-        self.keys: dict[Place, Key] = {}
-        self._ready: dict[tuple[float, torch.device], dict[str, Ready]] = {}
-        self._met: set[str] = set()
-        self._made: dict[Place, Basis] = {}
+    bases: dict[Place, Basis]
+    keys: Mapping[Place, Key]  # of all bases needed
+    _ready: dict[tuple[float, torch.device], dict[str, Ready]] = field(default_factory=dict, init=False)
+    _met: set[str] = field(default_factory=set, init=False)
+    _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
 
     @classmethod
-    def of(cls, mix: Adapter, bases: ModelBases) -> tuple[Fold, dict[Place, Basis]]:
-        """The fold, and the bases for its patches to carry; none where these are not to be kept."""
+    def of(cls, mix: Adapter, bases: ModelBases) -> Fold:
         needed = {
             (name, term.decomposition) for name, terms in mix.layers.items() for term in terms if _has_spectrum(term)
         }
         found = dict(bases.each(needed)) if bases.kept else {}
-        fold = cls(replace(mix, layers={name: _live(name, terms, found) for name, terms in mix.layers.items()}))
-        fold.keys = {place: bases.key(*place) for place in needed}
-        return fold, found
+        live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
+        return cls(replace(mix, layers=live), found, {place: bases.key(*place) for place in needed})
 
-    def ready(self, name: str, strength: float, device: torch.device) -> Ready:
+    def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
+        """The weight (out, in) of one layer adapted, fp32; `repeated`: it is asked for in every forward."""
+        deltas, turns = self._ready_for(name, strength, weight.device)
+        again = name in self._met
+        self._met.add(name)
+        if not repeated or all(delta is None for delta in deltas):
+            return changed(weight, self._spectra(name, deltas, weight, again), turns)
+        total = weight.to(torch.float32, copy=True)
+        self._change(name, weight, again).add_to(total, strength)
+        return turns.turned(total)
+
+    def _change(self, name: str, weight: Tensor, again: bool) -> Compressed:
+        """D of one layer at strength 1, on the weight's device."""
+        if name in self._changes:
+            return Compressed(*(on_device(part, weight.device) for part in self._changes[name]))
+        deltas = [
+            term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
+            for term in self.mix.layers[name]
+        ]
+        base = weight.float()
+        total = torch.zeros_like(base)
+        for spectrum in self._spectra(name, deltas, base, keep=False):
+            add_spectral_change(total, *spectrum, base)
+        change = Compressed.of(total)
+        if again:
+            self._changes[name] = Compressed(*(part.to(CPU) for part in change))
+        return change
+
+    def _ready_for(self, name: str, strength: float, device: torch.device) -> Ready:
         """One layer's, made for all layers at the first look."""
         place = (strength, device)
         if place not in self._ready:
@@ -79,33 +110,29 @@ class Fold:
             fold._ready.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
-    def spectra(
-        self, name: str, vectors: Sequence[Vectors], deltas: Sequence[Tensor | None], weight: Tensor
-    ) -> list[Spectrum]:
-        """The spectra of one layer; without vectors, by bases of `weight` (out, in) itself."""
-        again = name in self._met  # who asks twice asks in every forward
-        self._met.add(name)
+    def _spectra(self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool) -> list[Spectrum]:
+        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, which it may `keep`."""
         found = []
-        for term, sides, delta in zip(self.mix.layers[name], vectors, deltas, strict=True):
+        for term, delta in zip(self.mix.layers[name], deltas, strict=True):
             if delta is None:
                 continue
-            if sides == (None, None):
-                basis = self._basis((name, term.decomposition), weight, again)
-                sides, delta = (basis.left, basis.right), torch.where(basis.live.to(delta.device), delta, 0.0)
-            left, right = (None if side is None else on_device(side, weight.device, again) for side in sides)
+            place = (name, term.decomposition)
+            basis = self.bases.get(place)
+            if basis is None:
+                basis = self._remade(place, weight)
+                if keep:
+                    self.bases[place] = basis
+                delta = torch.where(basis.live.to(delta.device), delta, 0.0)
+            left, right = (None if s is None else on_device(s, weight.device) for s in (basis.left, basis.right))
             found.append(Spectrum(term.decomposition, left, right, delta))
         return found
 
-    def _basis(self, place: Place, weight: Tensor, again: bool) -> Basis:
-        """From the disk, or computed; for who asks again it is kept all the same."""
-        if place in self._made:
-            return self._made[place]
+    def _remade(self, place: Place, weight: Tensor) -> Basis:
+        """From the disk, or computed."""
         basis = CACHE.get(self.keys[place], weight.shape)
         if basis is None:
             ((_, computed),) = decompose_all({"": weight}, place[1], device=weight.device)
             basis = computed.kept()
-        if again:
-            self._made[place] = basis
         return basis
 
 

@@ -14,7 +14,6 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...adapt import changed
 from ...adapter import Adapter, Layer
 from ...mixing import mix
 from . import bypass
@@ -31,10 +30,9 @@ Parts = Sequence[tuple[Adapter, float]]
 class SodaWeightAdapter(WeightAdapterBase):
     """The adaptation of one weight as core patches carry it.
 
-    `weights` is (fold, layer, ((left, right) of the basis of each term ...)); (None, None) where a term needs none, or
-    the fold makes it. Core copies the tensors among these to a device, hands on what is no tensor, and rebuilds the
-    object as type(a)(loaded_keys, weights), so nothing may live in other attributes. The weight it gets is W0, since
-    SODA patches stand first.
+    `weights` is (fold, layer). Core rebuilds the object as type(a)(loaded_keys, weights), so nothing may live in other
+    attributes; tensors among the weights it would copy into memory pinned anew for every prompt, which for bases takes
+    longer than adapting. The weight it gets is W0, since SODA patches stand first.
     """
 
     name = "soda"
@@ -46,7 +44,7 @@ class SodaWeightAdapter(WeightAdapterBase):
     @property
     def terms(self) -> tuple[Layer, ...]:
         """What it applies at strength 1."""
-        fold, layer, _ = self.weights
+        fold, layer = self.weights
         return fold.mix.layers[layer]
 
     def calculate_weight(
@@ -57,10 +55,10 @@ class SodaWeightAdapter(WeightAdapterBase):
         arithmetic."""
         if strength == 0.0:
             return weight
-        fold, layer, vectors = self.weights
-        ready = fold.ready(layer, strength, weight.device)
-        matrix = weight.reshape(matrix_shape(weight.shape))
-        adapted = changed(matrix, fold.spectra(layer, vectors, ready.deltas, matrix), ready.turns)
+        fold, layer = self.weights
+        # Core merges with fp32 between patches, and patches what it is about to use with the weight's own dtype.
+        repeated = intermediate_dtype == weight.dtype != torch.float32
+        adapted = fold.adapted(layer, weight.reshape(matrix_shape(weight.shape)), strength, repeated)
         # With an offset core drops the returned tensor and keeps its own, hence in place.
         return weight.copy_(adapted.reshape(weight.shape))
 
@@ -127,15 +125,13 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
     bypass.install(clone, beside, dict(bases.each({(n, t.decomposition) for n, ts in beside.items() for t in ts if
                                                    (n, t.decomposition) in wanted})))  # fmt: skip
     merged = replace(mixed, layers={name: terms for name, terms in mixed.layers.items() if name not in beside})
-    fold, basis = Fold.of(merged, bases)
+    fold = Fold.of(merged, bases)
     report.warnings += bases.warnings() if fold.keys else []
     patches = {}
-    for name, terms in merged.layers.items():
+    for name in merged.layers:
         key, rows = split_name(name)
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
-        found = (basis.get((name, term.decomposition)) for term in terms)
-        vectors = tuple((None, None) if b is None else (b.left, b.right) for b in found)
-        patches[target] = SodaWeightAdapter({name}, (fold, name, vectors))
+        patches[target] = SodaWeightAdapter({name}, (fold, name))
     _replace(clone, patches)
     report.changed += len(mixed.layers)
     report.bypassed += len(beside)

@@ -1,8 +1,8 @@
-"""Vectors of bases on their way to the device that computes with them.
+"""Large tensors in main memory on their way to the device that computes with them.
 
-ComfyUI pins the weights that it leaves in main memory and, with dynamic VRAM, what patches carry; without dynamic VRAM
-patches see to themselves. A basis is as large as its weight: copied in every forward from memory that is not pinned,
-it would take several times as long, and the host would wait for it.
+ComfyUI pins the weights that it leaves in main memory; bases are as large. From memory that is not pinned they would
+take several times as long, and the host would wait for them. Pinning takes about as long as one such copy, so a tensor
+is pinned when it is sent for the second time: it will be sent again, at another strength or in the next forward.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import torch
 from comfy.model_management import cast_to_device, is_device_cpu, is_device_cuda, pin_memory, unpin_memory
 from torch import Tensor
 
+SENT = "_soda_sent"
+AT_ONCE = 1 << 16  # bytes that CUDA sends without waiting in any case; pinning is by whole pages, which these may share
 
-def on_device(vectors: Tensor, device: torch.device, often: bool) -> Tensor:
-    """The vectors on a device, in their dtype.
 
-    Those needed `often` are pinned where they lie, as far as ComfyUI's own bound allows, until nobody holds them.
-    """
-    if often and is_device_cpu(vectors.device) and is_device_cuda(device) and pin_memory(vectors):
-        weakref.finalize(vectors, unpin_memory, vectors.detach()).atexit = False
-    return cast_to_device(vectors, device, vectors.dtype)
+def on_device(held: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, in its dtype; pinned where it lies, as far as ComfyUI's own bound allows, until nobody
+    holds it."""
+    if is_device_cpu(held.device) and is_device_cuda(device) and held.nbytes > AT_ONCE:
+        if hasattr(held, SENT) and pin_memory(held):
+            weakref.finalize(held, unpin_memory, held.detach()).atexit = False
+        setattr(held, SENT, True)
+    return cast_to_device(held, device, held.dtype)

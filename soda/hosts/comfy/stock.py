@@ -224,7 +224,7 @@ class _File:
                 _keep((key, weight.shape), cached, computed, to_disk=not again and error < SILENT_ERROR)
             basis = computed
             met.bases[seen] = basis if again and not kept else None
-        near = {name: on_device(tensor, weight.device, again) for name, tensor in basis.tensors().items()}
+        near = {name: on_device(tensor, weight.device) for name, tensor in basis.tensors().items()}
         return layer, {layer.decomposition: Basis.of(layer.decomposition, near)}
 
     def tell(self, where: str) -> None:

@@ -1,0 +1,56 @@
+"""A change of the spectrum in 8 bits: how far it is off, and what it must not do."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from soda.compressed import Compressed
+
+SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 200))
+
+
+def gaussian(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def back(change, shape, strength=1.0, dtype=torch.float64):
+    weight = torch.zeros(shape, dtype=dtype)
+    Compressed.of(change).add_to(weight, strength)
+    return weight
+
+
+@given(SHAPES, st.integers(0, 1000), st.floats(-30, 3), st.integers(0, 5))
+def test_each_number_is_off_by_half_a_step_at_most(shape, seed, exponent, below):
+    d = gaussian(shape, seed).double() * 10**exponent
+    found = back(d, (shape[0] + below, shape[1]))
+    assert not found[shape[0] :].any()
+    blocks = -(-shape[1] // 64)
+    for start in range(0, shape[1], -(-shape[1] // blocks)):
+        here = slice(start, start + -(-shape[1] // blocks))
+        step = d[:, here].abs().amax(1, keepdim=True) / 127
+        off = (found[: shape[0], here] - d[:, here]).abs()
+        assert (off <= (0.5 + 127 * 2**-8) * step * (1 + 2**-8)).all()  # bf16 rounds the scale by 2^-9, and may clamp
+
+
+def test_a_gaussian_change_is_off_by_six_thousandths():
+    d = gaussian((640, 1280))
+    assert (back(d, d.shape) - d).norm() / d.norm() < 6.5e-3
+    assert sum(part.nbytes for part in Compressed.of(d)) <= 1.04 * d.numel()
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-40])
+def test_what_is_too_small_to_keep_becomes_zero_and_nothing_becomes_nan(tiny):
+    d = torch.full((2, 70), tiny)
+    d[1] = 1.0
+    found = back(d, d.shape)
+    assert found.isfinite().all() and found[0].abs().max() <= 2e-40
+    assert torch.allclose(found[1], torch.ones(70, dtype=torch.float64), rtol=5e-3)
+
+
+def test_strength_scales_and_adds():
+    d, weight = gaussian((3, 65)), gaussian((5, 65), 1)
+    before = weight.clone()
+    Compressed.of(d).add_to(weight, -0.5)
+    assert torch.allclose(weight[:3], before[:3] - 0.5 * d, atol=0.02)
+    assert torch.equal(weight[3:], before[3:])
