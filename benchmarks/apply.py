@@ -11,7 +11,10 @@ last weight patched, in seconds, the median where there are several:
     step       one forward of the model with all weights offloaded and patched as they are used (low VRAM)
     RAM        what bases take, in bytes for each number of the adapted weights
 
-    PYTHONPATH=path/to/ComfyUI python benchmarks/apply.py [--device cuda] [--small]
+With --dynamic ComfyUI's dynamic VRAM is on, its default on NVIDIA: weights come to the device and are patched when they
+are first used, so that each figure has a small forward in it; for `step` all but 4 GiB of the device are taken.
+
+    PYTHONPATH=path/to/ComfyUI python benchmarks/apply.py [--device cuda] [--small] [--dynamic]
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ SMALL = ("SDXL", COMMON | {
     "num_head_channels": 32})  # fmt: skip
 SIDES = {"core LoRA r32": "lora", "SODA rotation": "none", "SODA lq": "lq", "SODA svd": "svd"}
 ROUNDS = 5
+LITTLE = 4 << 30  # bytes of the device's memory for `step` with dynamic VRAM
 
 
 class Case:
@@ -61,7 +65,7 @@ class Case:
             if key not in self.state:
                 self.state[key] = self._numbers(key, parameter, generator)
             parameter.data = self.state[key].clone()
-        return comfy.model_patcher.ModelPatcher(model, load_device=self.device, offload_device=torch.device("cpu"))
+        return comfy.model_patcher.CoreModelPatcher(model, load_device=self.device, offload_device=torch.device("cpu"))
 
     def _numbers(self, key: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if parameter.ndim < 2:
@@ -176,16 +180,21 @@ def measure(kind: str, case: Case) -> dict[str, float]:
     def put(model: Any, weights: list[float]) -> float:
         def run() -> Any:
             patched = side.apply(model, weights)
-            comfy.model_management.load_models_gpu([patched], force_full_load=True)
+            load(patched)
 
         return seconds(run)[0]
+
+    def load(model: Any) -> None:
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        if model.is_dynamic():
+            forward(case, model, 16)
 
     def fresh(weights: list[float]) -> tuple[float, Any]:
         """On a model that was just loaded and is on the device."""
         comfy.model_management.unload_all_models()
         gc.collect()
         model = case.patcher()
-        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        load(model)
         return put(model, weights), model
 
     row: dict[str, float] = {}
@@ -205,25 +214,53 @@ def measure(kind: str, case: Case) -> dict[str, float]:
     return row
 
 
+def forward(case: Case, patched: Any, size: int) -> None:
+    """Of batch 2."""
+    context = SMALL[1]["context_dim"] if case.small else MODELS["sdxl"][1]["context_dim"]
+    dtype = patched.model.get_dtype_inference()
+    inputs = {
+        "c_crossattn": torch.zeros(2, 77, context, device=case.device, dtype=dtype),
+        "y": torch.zeros(2, 2816, device=case.device, dtype=dtype),
+    }
+    x = torch.zeros(2, 4, size, size, device=case.device)
+    patched.model.apply_model(x, torch.ones(2, device=case.device), **inputs)
+
+
 def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
-    """A forward of batch 2 with no weight on the device."""
+    """A forward with no weight on the device; with dynamic VRAM, with those that find room in 4 GiB."""
     import comfy.model_management
 
     comfy.model_management.unload_all_models()
-    size, context = (16, SMALL[1]["context_dim"]) if case.small else (128, MODELS["sdxl"][1]["context_dim"])
-    model = patched.model
-    dtype = model.get_dtype_inference()
-    patched.patch_model(case.device, lowvram_model_memory=1)
-    assert model.model_lowvram and model.lowvram_patch_counter
-    x = torch.randn(2, 4, size, size, device=case.device)
-    inputs = {
-        "c_crossattn": torch.randn(2, 77, context, device=case.device, dtype=dtype),
-        "y": torch.randn(2, 2816, device=case.device, dtype=dtype),
-    }
-    sigma = torch.ones(2, device=case.device)
-    times = [seconds(lambda: model.apply_model(x, sigma, **inputs))[0] for _ in range(1 + ROUNDS)]
-    patched.unpatch_model(torch.device("cpu"))
-    return statistics.median(times[1:])
+    if patched.is_dynamic():
+        comfy.model_management.soft_empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        taken = torch.empty(max(0, free - LITTLE), dtype=torch.uint8, device=case.device)
+        comfy.model_management.load_models_gpu([patched])
+    else:
+        patched.patch_model(case.device, lowvram_model_memory=1)
+        assert patched.model.model_lowvram and patched.model.lowvram_patch_counter
+    times = [seconds(lambda: forward(case, patched, 16 if case.small else 128))[0] for _ in range(3 + ROUNDS)]
+    if patched.is_dynamic():
+        print(f"{patched.loaded_size() / 2**30:.1f} GiB of weights on the device", file=sys.stderr)
+        del taken
+        comfy.model_management.unload_all_models()
+    else:
+        patched.unpatch_model(torch.device("cpu"))
+    return statistics.median(times[3:])
+
+
+def dynamic_vram() -> None:
+    """As ComfyUI's main.py puts it on; before anything of ComfyUI is imported."""
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    load_pack()
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    assert comfy_aimdo.control.init_devices([torch.cuda.current_device()]), "no dynamic VRAM on this machine"
+    comfy.memory_management.aimdo_enabled = True
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
 
 
 def _wait(device: torch.device) -> None:
@@ -235,11 +272,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
+    parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
     if arguments.side:
-        load_pack()
+        dynamic_vram() if arguments.dynamic else load_pack()
         from comfy.cli_args import args
 
         args.cpu = device.type == "cpu"
@@ -256,7 +295,8 @@ def main() -> None:
     core: dict[str, float] = {}
     for title, kind in SIDES.items():
         command = [sys.executable, __file__, "--device", arguments.device, "--side", kind]
-        child = subprocess.run(command + ["--small"] * arguments.small, capture_output=True, text=True)
+        command += ["--small"] * arguments.small + ["--dynamic"] * arguments.dynamic
+        child = subprocess.run(command, capture_output=True, text=True)
         if child.returncode:
             print(f"{title:15}failed: {child.stderr.strip().splitlines()[-1]}")
             print(child.stderr, file=sys.stderr)

@@ -111,7 +111,7 @@ class Fold:
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
     def _spectra(self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool) -> list[Spectrum]:
-        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, which it may `keep`."""
+        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`."""
         found = []
         for term, delta in zip(self.mix.layers[name], deltas, strict=True):
             if delta is None:
