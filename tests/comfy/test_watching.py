@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from small_models import conditioning, latents, pixel_vae, small_clip, small_model
+from soda_pack.soda.errors import SodaFileError
 from soda_pack.soda.hosts.comfy import dataset, live
 from soda_pack.soda.hosts.comfy.curve import LONGEST, LossCurve
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
@@ -130,9 +131,22 @@ def test_the_strip_is_bounded_labelled_and_an_image():
     assert len(steps) <= MOST and steps[-1] == 3 * MOST - 1 and steps == sorted(steps)
     sheet = strip.draw()
     assert sheet.width < (COLUMNS + 1) * 200 and sheet.getpixel((10, 40)) == (steps[0] % 256, 0, 0)
-    tensor = strip.tensor()
-    assert tensor.shape == (1, sheet.height, sheet.width, 3) and tensor.min() >= 0 and tensor.max() <= 1
 
     large = Strip()
     large.add(7, Image.new("RGB", (2048, 1024)))
     assert large.samples[0][1].size == (512, 256)
+
+
+def test_a_strip_is_saved_whole_or_not_at_all(output):
+    resource, strip = pytest.importorskip("resource"), Strip()
+    strip.add(1, Image.effect_noise((256, 256), 60))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(SodaFileError, match="training_00001_.png.*check the free space"):
+            strip.save({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((output / "soda").iterdir())
+    assert [strip.save({"prompt": "a cat"}) for _ in range(2)] == [("soda", f"training_0000{i}_.png") for i in (1, 2)]
+    assert Image.open(output / "soda" / "training_00002_.png").text == {"prompt": "a cat"}

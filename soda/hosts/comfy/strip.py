@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Mapping
+from pathlib import Path
+
+import folder_paths
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ...atomic import replace_file
 
 MOST = 64  # samples; of more, every second is left out
 COLUMNS = 8
@@ -36,9 +41,18 @@ class Strip:
             sheet.paste(image, (left, top + LABEL))
         return sheet
 
-    def tensor(self) -> torch.Tensor:
-        """`draw` as a ComfyUI IMAGE, (1, H, W, 3) in 0 to 1."""
-        return torch.from_numpy(np.asarray(self.draw(), dtype=np.float32) / 255)[None]
+    def save(self, texts: Mapping[str, str]) -> tuple[str, str]:
+        """`draw` as a new PNG in the output folder, with `texts` in it -> (its subfolder, its name).
+
+        Raises OSError or SodaFileError where it cannot be written, and then leaves nothing.
+        """
+        output = folder_paths.get_output_directory()
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path("soda/training", output)
+        name, info = f"{stem}_{counter:05}_.png", PngInfo()
+        for key, text in texts.items():
+            info.add_text(key, text)
+        replace_file(Path(folder, name), lambda file: self.draw().save(file, "PNG", pnginfo=info))
+        return subfolder, name
 
 
 def _sized(image: Image.Image) -> Image.Image:
