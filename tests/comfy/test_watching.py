@@ -107,7 +107,7 @@ def test_a_sample_that_does_not_fit_is_left_out_with_a_note():
     assert len(progress.notes) == 2 and not progress.strip.samples
 
 
-def test_running_out_of_memory_in_a_sample_is_not_fatal():
+def test_running_out_of_memory_in_a_sample_is_not_fatal(rough_samples):
     vae = pixel_vae()
     decode, calls = vae.decode, []
 
