@@ -74,11 +74,11 @@ def test_a_failed_training_says_so():
 
 def test_restored_losses_are_on_the_curve_and_not_in_the_time_left():
     with TrainingProgress(10, "restored") as progress:
-        progress.restore([3.0, 2.0])
+        progress.restore([3.0, 2.0], [[2, torch.zeros(64, 64, 3, dtype=torch.uint8)]])
         progress.step(2, 1.0)
         (training,) = [t for t in live.summaries() if t["node"] == "restored"]
         assert [point[:2] for point in training["points"]] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-        assert training["done"] == 3 and training["left"] < 1
+        assert training["done"] == 3 and training["left"] < 1 and training["samples"] == [2]
 
 
 @pytest.mark.parametrize(("every", "steps", "expected"), [
@@ -131,6 +131,9 @@ def test_the_strip_is_bounded_labelled_and_an_image():
     assert len(steps) <= MOST and steps[-1] == 3 * MOST - 1 and steps == sorted(steps)
     sheet = strip.draw()
     assert sheet.width < (COLUMNS + 1) * 200 and sheet.getpixel((10, 40)) == (steps[0] % 256, 0, 0)
+
+    strip.add(strip.samples[-2][0], Image.new("RGB", (64, 32)))
+    assert [step for step, _ in strip.samples] == steps[:-1]  # training went back
 
     large = Strip()
     large.add(7, Image.new("RGB", (2048, 1024)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -23,10 +26,18 @@ class Strip:
         self.samples: list[tuple[int, Image.Image]] = []
 
     def add(self, step: int, image: Image.Image) -> None:
-        """A sample made after `step` steps."""
+        """A sample made after `step` steps; a training that went back makes those after it anew."""
+        self.samples = [sample for sample in self.samples if sample[0] < step]
         if len(self.samples) == MOST:
             self.samples = self.samples[1::2]
         self.samples.append((step, _sized(image)))
+
+    def state(self) -> list[list[Any]]:
+        """The samples for a checkpoint: [step, pixels (H, W, 3) in uint8], at most 0.8 MB each."""
+        return [[step, torch.from_numpy(np.array(image))] for step, image in self.samples]
+
+    def load_state(self, state: Sequence[Sequence[Any]]) -> None:
+        self.samples = [(step, Image.fromarray(pixels.numpy())) for step, pixels in state]
 
     def draw(self) -> Image.Image:
         """In rows of COLUMNS. There must be a sample."""
