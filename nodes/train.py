@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
+from comfy.cli_args import args
 from comfy_api.latest import io, ui
 
 from ..soda.adapter import DECOMPOSITIONS
-from ..soda.errors import SodaTrainingError
+from ..soda.errors import SodaFileError, SodaTrainingError
 from ..soda.hosts.comfy import augment, dataset
 from ..soda.hosts.comfy.chosen import AUTO, resolve
 from ..soda.hosts.comfy.options import TrainingOptions
@@ -212,8 +215,10 @@ class SodaTrain(io.ComfyNode):
         """The samples side by side in the output folder; a full disk is no reason to lose a training."""
         if not progress.strip.samples:
             return None
+        about = {} if args.disable_metadata else {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
         try:
-            return ui.ImageSaveHelper.get_save_images_ui(progress.strip.tensor(), "soda/training", cls)
-        except OSError as error:
+            subfolder, name = progress.strip.save({key: json.dumps(value) for key, value in about.items() if value})
+        except (OSError, SodaFileError) as error:
             progress.note(f"The strip of samples could not be saved: {error}.")
             return None
+        return ui.SavedImages([ui.SavedResult(name, subfolder, io.FolderType.output)])

@@ -1,15 +1,19 @@
 """run.py test: ruff, mypy, then the rungs of the test ladder, each in a Python process of its own.
 
 The rungs cannot share a process: the first imports the repository as it is, the second imports ComfyUI, whose top
-level has modules of the same names. Whatever cannot run is a failure that names its remedy; a skip is one too.
+level has modules of the same names. The longest one, which mostly waits for its servers, runs beside the others and
+tells what it found when they are done. Whatever cannot run is a failure that names its remedy; a skip is one too.
 """
 
+import contextlib
 import os
+import shutil
+import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import cache, process
@@ -27,6 +31,7 @@ RUNGS = {
     "ComfyUI server": ("install", "server"),
     "browser": ("browser",),
 }
+BESIDE = "ComfyUI server"
 RUNG_MINUTES = 20
 TYPES_MINUTES = 5
 
@@ -54,16 +59,24 @@ def test(environment: Environment, pytest_arguments: Sequence[str], *, with_brow
             problems.append(f"ruff {check[0]}: see its findings above")
     if _check_types(environment.python, variables, tools) != 0:
         problems.append("mypy: see its findings above")
-    counts = Counter()
-    for rung, folders in RUNGS.items():
-        if rung == "browser" and not with_browser:
+    rungs = []
+    for name, folders in RUNGS.items():
+        if name == "browser" and not with_browser:
             status.done("\n== browser: left out, as asked (--no-browser)")
             continue
         targets = [TESTS / folder for folder in folders]
         if chosen:
             targets = [path for path in chosen if any(target in (path, *path.parents) for target in targets)]
         if targets:
-            problem = _run_rung(environment.python, variables, rung, targets, options, counts, status)
+            rungs.append(Rung(name, targets, options))
+    rungs.sort(key=lambda rung: rung.name == BESIDE)
+    counts = Counter()
+    with contextlib.ExitStack() as running:
+        if len(rungs) > 1 and rungs[-1].name == BESIDE:
+            running.enter_context(rungs[-1].started(environment.python, variables, aside=True))
+        for rung in rungs:
+            with contextlib.nullcontext() if rung.process else rung.started(environment.python, variables):
+                problem = rung.finish(counts, status)
             problems += [problem] if problem else []
     if not counts:
         problems.append("no test was run; check the arguments that went to pytest")
@@ -110,33 +123,49 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
     return [argument for argument in arguments if argument not in paths], [Path(path).absolute() for path in paths]
 
 
-def _run_rung(
-    python: Path,
-    variables: dict[str, str],
-    rung: str,
-    targets: Sequence[Path],
-    options: Sequence[str],
-    counts: Counter,
-    status: Status,
-) -> str | None:
-    """One pytest process -> None, or what went wrong in one line; adds to `counts`."""
-    status.done(f"\n== {rung}: {', '.join(str(target.relative_to(REPOSITORY)) for target in targets)}")
-    with tempfile.TemporaryDirectory(prefix="soda-tests-") as scratch:
-        report = Path(scratch) / "report.xml"
-        command = ["-m", "pytest", "-q", f"--junit-xml={report}", *options, *map(str, targets)]
-        try:
+class Rung:
+    """One pytest process on some files or folders."""
+
+    def __init__(self, name: str, targets: Sequence[Path], options: Sequence[str]) -> None:
+        self.name, self.targets, self.options = name, targets, options
+        self.process = self.said = None
+
+    @contextlib.contextmanager
+    def started(self, python: Path, variables: dict[str, str], aside: bool = False) -> Iterator[None]:
+        """Runs from here on and is stopped at the end, however that comes. `aside`: what it says waits for `finish`."""
+        with tempfile.TemporaryDirectory(prefix="soda-tests-") as scratch, contextlib.ExitStack() as files:
+            self.report = Path(scratch) / "report.xml"
+            if aside:
+                self.said = files.enter_context((Path(scratch) / "said.log").open("w+b"))
+            command = ["-m", "pytest", "-q", f"--junit-xml={self.report}", *self.options, *map(str, self.targets)]
             temporary = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)  # whatever a test leaves goes with it
             environment = {**variables, **temporary}
-            code = process.run(python, command, environment=environment, cwd=scratch, timeout=60 * RUNG_MINUTES)
+            self.process = process.start(python, command, output=self.said, environment=environment, cwd=scratch)
+            try:
+                yield
+            finally:
+                process.stop(self.process, polite_seconds=15.0)
+
+    def finish(self, counts: Counter, status: Status) -> str | None:
+        """Waits for the end -> None, or what went wrong in one line; adds to `counts`."""
+        status.done(f"\n== {self.name}: {', '.join(str(target.relative_to(REPOSITORY)) for target in self.targets)}")
+        try:
+            code = self.process.wait(60 * RUNG_MINUTES)
         except process.TimeoutExpired:
-            return f"{rung}: did not end within {RUNG_MINUTES} minutes and was stopped"
-        seen, skipped = _read(report)
-    counts.update(seen)
-    if skipped:
-        return f"{rung}: {len(skipped)} skipped, which counts as failed here: {'; '.join(skipped)}"
-    if code == 5 and not options:
-        return f"{rung}: no test was found; take a complete clone"
-    return f"{rung}: pytest ended with code {code}" if code not in (0, 5) else None
+            code = None
+        if self.said is not None:
+            self.said.seek(0)
+            shutil.copyfileobj(self.said, sys.stdout.buffer)
+            sys.stdout.flush()
+        if code is None:
+            return f"{self.name}: did not end within {RUNG_MINUTES} minutes and was stopped"
+        seen, skipped = _read(self.report)
+        counts.update(seen)
+        if skipped:
+            return f"{self.name}: {len(skipped)} skipped, which counts as failed here: {'; '.join(skipped)}"
+        if code == 5 and not self.options:
+            return f"{self.name}: no test was found; take a complete clone"
+        return f"{self.name}: pytest ended with code {code}" if code not in (0, 5) else None
 
 
 def _read(report: Path) -> tuple[Counter, list[str]]:

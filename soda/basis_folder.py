@@ -53,12 +53,12 @@ class BasisFolder:
         """The basis of a weight of this shape, or None."""
         file = self._file(key)
         try:
-            with safe_open(file, "pt") as stored:  # mapped, so that one copy is all
+            with _mapped(file) as stored:
                 tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
             basis, checksum = Basis.of(key[1], tensors), tensors["checksum"]
-        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError):  # torch maps files, and raises its own
+        except (OSError, SafetensorError, ValueError, KeyError):
             return None
         return basis if basis.fits(shape) and torch.equal(checksum, _checksum(basis)) else None
 
@@ -110,6 +110,14 @@ class BasisFolder:
                     yield stat.st_mtime, stat.st_size, file
                 elif file.name.endswith(f"{SUFFIX}.part") and time.time() - file.stat().st_mtime > ABANDONED:
                     file.unlink()
+
+
+def _mapped(file: Path) -> safe_open:
+    """The file opened, mapped by torch, so that one copy is all. Raises OSError or SafetensorError."""
+    try:
+        return safe_open(file, "pt")
+    except RuntimeError as error:  # torch's own, of a file that went between two looks at it
+        raise OSError(f"{file}: {error}") from error
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     blend.add_argument("-o", "--output", required=True, metavar="FILE")
     blend.add_argument("--operator", choices=OPERATORS, default="lie_sum",
                        help="default: lie_sum; soda.mixing says what each keeps")  # fmt: skip
+    blend.add_argument("--density", type=float, default=argparse.SUPPRESS,
+                       help="of ties and dare: the share of numbers that stays; default: 0.5")  # fmt: skip
+    blend.add_argument("--seed", type=int, default=argparse.SUPPRESS,
+                       help="of dare: which numbers stay; default: 0")  # fmt: skip
     blend.add_argument("--dtype", choices=DTYPES, default="fp32", help="default: fp32")
 
     change = command("convert", _convert, "Convert adapters from and to other formats.")
@@ -145,7 +149,8 @@ def _mix(options: argparse.Namespace) -> int:
     _keep(options.output, [file for file, _ in files])
     parts = [(load(file), weight) for file, weight in files]
     title = Path(options.output).stem
-    mixed = mix(parts, title, options.operator)
+    settings = {name: value for name, value in vars(options).items() if name in ("density", "seed")}
+    mixed = mix(parts, title, options.operator, **settings)
     mixed = Adapter(mixed.layers, label(mixed.metadata, title=title), title)
     save(mixed, options.output, DTYPES[options.dtype])
     _tell(options, {"parts": [{"name": adapter.name, "weight": weight} for adapter, weight in parts]})

@@ -8,6 +8,10 @@ Per adapted weight, named by the host's module path:
 
 fp32 unless asked otherwise. Every tensor is checked on reading; nothing is ever unpickled. Writing is atomic: at any
 moment the path holds the old file or the new one.
+
+Metadata (see `metadata`) is for people and tools; the tensors alone say what the adapter does. So a file whose metadata
+another tool took off, its format version too, is read as format 1: the same adapter, of role `other` and unknown base.
+A later format must therefore give its tensors other names.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load(path: str | os.PathLike) -> Adapter:
-    """The adapter in a file, fp32 on the CPU, named by the file's stem.
+    """The adapter in a file, fp32 on the CPU, named by the file's stem, with the metadata that it still has.
 
     Raises SodaFileError, which names the file, the tensor, what is wrong with it and what to do.
     """

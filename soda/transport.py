@@ -14,8 +14,9 @@ What is not kept has no place in the directions of b: only the full change of th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +30,14 @@ from .fit import REFUSED_ERROR, misfit
 Progress = Callable[[int, int], None]
 
 
+class Weights(Protocol):
+    """Whatever gives a weight by its layer's name."""
+
+    def __getitem__(self, layer: str, /) -> Tensor: ...
+
+
 def transport(
-    adapter: Adapter, original: Mapping[str, Tensor], target: Mapping[str, Tensor], base_name: str,
+    adapter: Adapter, original: Weights, target: Weights, base_name: str,
     device: torch.device | str = "cpu", progress: Progress | None = None,
 ) -> tuple[Adapter, float]:  # fmt: skip
     """(the adapter for `target`, kept share of ||D||^2 over all layers; 1 without a spectrum).

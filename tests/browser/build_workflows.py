@@ -146,17 +146,23 @@ def load_one() -> Workflow:
     return w
 
 
-def mix_two() -> Workflow:
-    w = Workflow("soda_2_mix_two_adapters", ["SodaMix", "PreviewImage"])
-    w.note((0, 30, 700, 300), "Read me", MIX_NOTE)
-    base = w.node("SodaPlayground", (740, 70, 300, 90))
+def two_as_one(w: Workflow, left: int, mix_left: int) -> tuple:
+    """The playground and both shipped adapters as one on it, in a group each -> (model, mix)."""
+    base = w.node("SodaPlayground", (left + 20, 70, mix_left - left - 80, 90))
     mix = w.node(
-        "SodaMix", (1120, 70, 340, 430),
+        "SodaMix", (mix_left + 20, 70, 340, 430),
         **rows({"adapter_name": SUBJECT_FILE, "weight": 1.2}, {"adapter_name": STYLE_FILE, "weight": 1.0}),
         model=base("MODEL"), clip=base("CLIP"),
     )  # fmt: skip
-    w.group("1. Model", "blue", (720, 0, 340, 520))
-    w.group("2. Two SODA adapters as one", "green", (1100, 0, 380, 520))
+    w.group("1. Model", "blue", (left, 0, mix_left - left - 40, 520))
+    w.group("2. Two SODA adapters as one", "green", (mix_left, 0, 380, 520))
+    return base, mix
+
+
+def mix_two() -> Workflow:
+    w = Workflow("soda_2_mix_two_adapters", ["SodaMix", "PreviewImage"])
+    w.note((0, 30, 700, 300), "Read me", MIX_NOTE)
+    base, mix = two_as_one(w, 720, 1100)
     models = {"Without the adapters": base("MODEL"), "Subject and style": mix("MODEL")}
     sampling(w, 560, "3. Sample, twice with the same seed", mix("CLIP"), base("VAE"), MIX_PROMPT, models)
     return w
@@ -213,12 +219,7 @@ def train_on_photos() -> Workflow:
 def save_as_lora() -> Workflow:
     w = Workflow("soda_5_save_as_lora", ["SodaConvert", "PreviewImage"])
     w.note((0, 30, 320, 460), "Read me", CONVERT_NOTE)
-    base = w.node("SodaPlayground", (360, 70, 280, 90))
-    mix = w.node(
-        "SodaMix", (720, 70, 340, 430),
-        **rows({"adapter_name": SUBJECT_FILE, "weight": 1.2}, {"adapter_name": STYLE_FILE, "weight": 1.0}),
-        model=base("MODEL"), clip=base("CLIP"),
-    )  # fmt: skip
+    base, mix = two_as_one(w, 340, 700)
     converted = w.node(
         "SodaConvert", (1120, 70, 340, 230), **{"to": "LoRA", "to.rank": 32}, filename_prefix="my_mix",
         model=base("MODEL"), adapter=mix(ADAPTER),
@@ -226,8 +227,6 @@ def save_as_lora() -> Workflow:
     lora = w.node(
         "LoraModelLoader", (1120, 370, 340, 130), strength_model=1.0, model=base("MODEL"), lora=converted("lora")
     )
-    w.group("1. Model", "blue", (340, 0, 320, 520))
-    w.group("2. Two SODA adapters as one", "green", (700, 0, 380, 520))
     w.group("3. As a LoRA", "brown", (1100, 0, 380, 520))
     models = {"The SODA mix": mix("MODEL"), "The LoRA made of it": lora("model")}
     sampling(w, 560, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), MIX_PROMPT, models)

@@ -41,7 +41,7 @@ def _load_pack():
 
 
 PACK = _load_pack()
-from soda_pack.soda.hosts.comfy import folders, stock  # noqa: E402
+from soda_pack.soda.hosts.comfy import folders, preview, stock  # noqa: E402
 
 folders.register()
 
@@ -58,6 +58,12 @@ def output(tmp_path):
     folder_paths.set_output_directory(before)
     paths[0][:] = kept
     folder_paths.filename_list_cache.pop(folders.FOLDER, None)
+
+
+@pytest.fixture
+def rough_samples(monkeypatch):
+    """Samples of trainings in few steps: how many there are changes nothing that is tested."""
+    monkeypatch.setattr(preview, "STEPS", 4)
 
 
 @pytest.fixture

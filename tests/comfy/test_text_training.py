@@ -208,7 +208,7 @@ def test_dropped_captions_and_prior_captions_are_said_by_the_encoder_too(clip):
     assert any(not torch.equal(with_prior.layers[n][0].delta, without.layers[n][0].delta) for n in split(without)[1])
 
 
-def test_samples_are_of_the_words_as_they_are_now():
+def test_samples_are_of_the_words_as_they_are_now(rough_samples):
     model, clip, vae = small_model(channels=3), small_clip(), pixel_vae()
     with torch.inference_mode():
         samples = dataset.collect(dataset.encode([torch.rand(2, 16, 16, 3)], vae), [conditioning()])

@@ -169,7 +169,7 @@ def test_batches_use_every_sample_before_any_twice():
     assert len(batch) == 7 and sorted(batch[:3]) == [4, 5, 6] and sorted(batch[3:6]) == [4, 5, 6]
 
 
-def test_samples_are_shown_at_every_quarter_and_change_nothing():
+def test_samples_are_shown_at_every_quarter_and_change_nothing(rough_samples):
     model, clip, vae = small_model(channels=3), small_clip(), pixel_vae()
     before = weights(model)
     with torch.inference_mode():
@@ -185,7 +185,7 @@ def test_samples_are_shown_at_every_quarter_and_change_nothing():
     assert losses == without and one.content_hash == plain.content_hash
 
 
-def test_samples_show_the_average_by_any_plan():
+def test_samples_show_the_average_by_any_plan(rough_samples):
     model, clip, vae = small_model(channels=3), small_clip(), pixel_vae()
     with torch.inference_mode():
         captions = [clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))]

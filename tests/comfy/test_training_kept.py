@@ -10,13 +10,14 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from small_models import adapter, conditioning, latents, lora, small_model, weights
+from small_models import adapter, conditioning, latents, lora, pixel_vae, small_clip, small_model, weights
 from soda_pack.soda.errors import SodaFileError, SodaTrainingError
 from soda_pack.soda.file import load
 from soda_pack.soda.hosts.comfy import dataset
 from soda_pack.soda.hosts.comfy.batches import Batches
 from soda_pack.soda.hosts.comfy.identity import run_hash
 from soda_pack.soda.hosts.comfy.patch import apply
+from soda_pack.soda.hosts.comfy.preview import SamplePrompt
 from soda_pack.soda.hosts.comfy.store import CHECKPOINT, FINISHED, KEPT, LAST_GOOD, KeptRun
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from soda_pack.soda.hosts.comfy.task import Extras
@@ -108,6 +109,29 @@ def test_a_stopped_run_is_kept_to_go_on_from(folder):
     assert some == losses[:5] and "Stopped after step 5 of 12" in watcher.notes[-1]
     again, resumed = kept(small_model())
     assert resumed == losses and again.content_hash == whole.content_hash != early.content_hash
+
+
+def test_the_strip_of_a_run_that_went_on_holds_all_its_samples(folder, rough_samples):
+    """After a cancellation between two samples; the marks on the curve too."""
+    prompt, strips = SamplePrompt(small_clip(), pixel_vae(), "a cat", 1, every=3), []
+    with torch.inference_mode():
+        samples = dataset.collect([latents(2, channels=3)], [conditioning()])
+
+    def train(watcher):
+        strips.append(watcher.strip)
+        return kept(small_model(channels=3), progress=watcher, samples=samples, prompt=prompt)
+
+    train(Watcher(12))
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(Watcher(12, stop_at(7)))
+    resumed = Watcher(12)
+    train(resumed)
+    whole, cancelled, again = strips
+    assert [step for step, _ in cancelled.samples] == [3, 6]
+    assert [step for step, _ in again.samples] == [3, 6, 9, 12] and len(resumed.previews) == 2
+    assert [image.tobytes() for _, image in again.samples] == [image.tobytes() for _, image in whole.samples]
 
 
 def test_out_of_memory_says_what_to_lower_and_the_run_goes_on_later(folder):

@@ -119,8 +119,8 @@ def test_prior_pictures_count_by_their_weight():
     (plain,) = run(model, steps=1)[1]
     assert first[0] == plain and first[2] - first[0] == pytest.approx(3 * (first[1] - first[0]), rel=1e-5)
     assert first[1] > 1.1 * first[0]
-    kept, _ = run(model, steps=30, rate=0.03, batch=4, extras=Extras(prior=prior), prior_weight=3.0)
-    free, _ = run(model, steps=30, rate=0.03, batch=4)
+    kept, _ = run(model, steps=10, rate=0.03, batch=4, extras=Extras(prior=prior), prior_weight=3.0)
+    free, _ = run(model, steps=10, rate=0.03, batch=4)
     assert loss_of(apply(model, [(kept, 1.0)])[0], prior) < loss_of(apply(model, [(free, 1.0)])[0], prior)
     assert untouched(model, before)
 

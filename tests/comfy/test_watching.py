@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from small_models import conditioning, latents, pixel_vae, small_clip, small_model
+from soda_pack.soda.errors import SodaFileError
 from soda_pack.soda.hosts.comfy import dataset, live
 from soda_pack.soda.hosts.comfy.curve import LONGEST, LossCurve
 from soda_pack.soda.hosts.comfy.preview import SamplePrompt
@@ -73,11 +74,11 @@ def test_a_failed_training_says_so():
 
 def test_restored_losses_are_on_the_curve_and_not_in_the_time_left():
     with TrainingProgress(10, "restored") as progress:
-        progress.restore([3.0, 2.0])
+        progress.restore([3.0, 2.0], [[2, torch.zeros(64, 64, 3, dtype=torch.uint8)]])
         progress.step(2, 1.0)
         (training,) = [t for t in live.summaries() if t["node"] == "restored"]
         assert [point[:2] for point in training["points"]] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-        assert training["done"] == 3 and training["left"] < 1
+        assert training["done"] == 3 and training["left"] < 1 and training["samples"] == [2]
 
 
 @pytest.mark.parametrize(("every", "steps", "expected"), [
@@ -106,7 +107,7 @@ def test_a_sample_that_does_not_fit_is_left_out_with_a_note():
     assert len(progress.notes) == 2 and not progress.strip.samples
 
 
-def test_running_out_of_memory_in_a_sample_is_not_fatal():
+def test_running_out_of_memory_in_a_sample_is_not_fatal(rough_samples):
     vae = pixel_vae()
     decode, calls = vae.decode, []
 
@@ -130,9 +131,25 @@ def test_the_strip_is_bounded_labelled_and_an_image():
     assert len(steps) <= MOST and steps[-1] == 3 * MOST - 1 and steps == sorted(steps)
     sheet = strip.draw()
     assert sheet.width < (COLUMNS + 1) * 200 and sheet.getpixel((10, 40)) == (steps[0] % 256, 0, 0)
-    tensor = strip.tensor()
-    assert tensor.shape == (1, sheet.height, sheet.width, 3) and tensor.min() >= 0 and tensor.max() <= 1
+
+    strip.add(strip.samples[-2][0], Image.new("RGB", (64, 32)))
+    assert [step for step, _ in strip.samples] == steps[:-1]  # training went back
 
     large = Strip()
     large.add(7, Image.new("RGB", (2048, 1024)))
     assert large.samples[0][1].size == (512, 256)
+
+
+def test_a_strip_is_saved_whole_or_not_at_all(output):
+    resource, strip = pytest.importorskip("resource"), Strip()
+    strip.add(1, Image.effect_noise((256, 256), 60))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(SodaFileError, match="training_00001_.png.*check the free space"):
+            strip.save({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((output / "soda").iterdir())
+    assert [strip.save({"prompt": "a cat"}) for _ in range(2)] == [("soda", f"training_0000{i}_.png") for i in (1, 2)]
+    assert Image.open(output / "soda" / "training_00002_.png").text == {"prompt": "a cat"}

@@ -25,9 +25,9 @@ class Watcher(TrainingProgress):
         self.previews = []
         self.seen, self.restored = [], []
 
-    def restore(self, losses):
+    def restore(self, losses, samples=()):
         self.restored = list(losses)
-        super().restore(losses)
+        super().restore(losses, samples)
 
     def step(self, step, loss):
         super().step(step, loss)
@@ -36,6 +36,7 @@ class Watcher(TrainingProgress):
 
     def preview(self, step, image):
         self.previews.append((step, image))
+        super().preview(step, image)
 
 
 def data(count=3):
@@ -51,12 +52,12 @@ def run(model, steps=6, seed=0, decomposition="lq", factors=3, samples=None, pro
 
 
 def kept(model, steps=12, progress=None, samples=None, role="subject", targets="auto", extras=PLAIN, reuse=True,
-         **settings):  # fmt: skip
+         prompt=None, **settings):  # fmt: skip
     """A training whose run is kept on disk."""
     settings = TrainingSettings(**{"steps": steps, "learning_rate": 0.02, "batch_size": 2, **settings})
     task = Task(model, samples or data(), settings, role=role, targets=targets, extras=extras)
     with torch.inference_mode():
-        return train_or_reuse(task, progress or Watcher(steps), reuse=reuse)
+        return train_or_reuse(task, progress or Watcher(steps), prompt, reuse)
 
 
 def untouched(model, before):

@@ -116,6 +116,23 @@ def test_mix(folder, capsys, parts, weights):
     assert said["bytes"] == Path("mixed.safetensors").stat().st_size and said["parts"][0]["weight"] == weights[0]
 
 
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("ties", {}),
+        ("ties --density 0.2", {"density": 0.2}),
+        ("dare --density 0.7 --seed 5", {"density": 0.7, "seed": 5}),
+    ],
+)
+def test_mix_by_another_operator(folder, capsys, command, settings):
+    operator, *options = command.split()
+    answer(capsys, "mix", "a.safetensors", "b.safetensors", "-o", "m.safetensors", "--operator", operator, *options)
+    expected = mix([(load(f"{name}.safetensors"), 1.0) for name in "ab"], operator=operator, **settings)
+    found = load("m.safetensors")
+    assert found.content_hash == expected.content_hash
+    assert json.loads(found.metadata["soda.mix_operator"]) == {"operator": operator, **settings}
+
+
 def test_convert_official(folder, capsys):
     answer(capsys, "convert", "official.pt", "--base", "base.safetensors", "-o", "c.safetensors")
     assert len(load("c.safetensors").layers) == 128
@@ -167,6 +184,10 @@ def test_convert_to_what_loaders_read(folder, capsys):
         ("mix a.safetensors:x -o x.safetensors", "a.safetensors:x: 'x' is no weight; give a number"),
         ("mix C:a.safetensors -o x.safetensors", "C:a.safetensors: there is no such file"),
         ("mix a.safetensors b.safetensors -o b.safetensors", "would replace"),
+        ("mix a.safetensors -o x.safetensors --density 0.5", "lie_sum has no setting 'density'"),
+        ("mix a.safetensors -o x.safetensors --operator ties --seed 1", "ties has no setting 'seed'; it has density"),
+        ("mix a.safetensors -o x.safetensors --operator dare --density 0", "more than 0 and at most 1"),
+        ("mix a.safetensors -o x.safetensors --operator dare --density nan", "density is nan"),
         ("mix a.safetensors -o folder", "this is a folder, name a file in it"),
         ("inspect folder", "folder: this is a folder; choose an existing SODA adapter"),
         ("inspect a.safetensors --plot x.jpg", "ends in .png"),
@@ -192,7 +213,8 @@ def test_what_is_refused(folder, capsys, command, message):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "inspect", "mix a", "paint a", "mix a -o b --operator x", "convert a -o b --device moon"]
+    "command",
+    ["", "inspect", "mix a", "paint a", "mix a -o b --operator x", "mix a -o b --seed .5", "convert a -o b --device x"],
 )
 def test_what_is_not_understood(folder, capsys, command):
     with pytest.raises(SystemExit) as exit_:

@@ -17,6 +17,8 @@ from soda.errors import SodaFileError
 from soda.file import load, save, validate
 from soda.kronecker import factor_sizes
 from soda.metadata import describe, label
+from soda.mixing import mix
+from soda.summary import as_json
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ["lq", "svd", "qr", "none"]
@@ -208,6 +210,19 @@ def test_a_newer_format_asks_for_an_update(tmp_path):
     save_file(good_tensors(), tmp_path / "f.safetensors", {"soda.format_version": "2"})
     with pytest.raises(SodaFileError, match='"2".*update'):
         load(tmp_path / "f.safetensors")
+
+
+def test_a_file_without_metadata_is_the_same_adapter(tmp_path):
+    """Tools that rewrite LoRA files may take it off."""
+    one = Adapter({"a": (layer("svd"),), "b": (layer("qr"),), "c": (layer("none"),)}, metadata(), "one")
+    save(one, tmp_path / "whole.safetensors")
+    save_file(load_file(tmp_path / "whole.safetensors"), tmp_path / "bare.safetensors")
+    bare = load(tmp_path / "bare.safetensors")
+    assert bare.content_hash == one.content_hash and bare.role == "other" and not bare.metadata
+    assert all(bare.layers[name][0].sketch.equal(one.layers[name][0].sketch) for name in "ab")
+    assert as_json(bare)["metadata"] == {} and mix([(bare, 1.0), (one, -1.0)]).layers.keys() == one.layers.keys()
+    save(bare, tmp_path / "again.safetensors")
+    assert load(tmp_path / "again.safetensors").metadata["soda.format_version"] == "1"
 
 
 class Bomb:

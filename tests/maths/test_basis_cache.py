@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -158,6 +159,33 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
     assert same(found["layer0"], decompose(weights["layer0"], "lq").kept())
     if damage != "a folder":
         assert file.read_bytes() == good
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, monkeypatch):
+    list(BasisCache(folder=tmp_path).bases(some_weights(1), "lq"))
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    read = partial(BasisFolder(tmp_path, 1 << 20).get, (file.name.split(".")[0], "lq"), torch.Size((6, 9)))
+    assert read() is not None
+    mapped = torch.UntypedStorage.from_file
+
+    def vanishing(*args, **kwargs):
+        file.unlink()
+        return mapped(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", vanishing)
+    assert read() is None and not file.exists()
+
+
+def test_memory_that_runs_out_while_a_file_is_read_is_said(tmp_path, monkeypatch):
+    weights = some_weights(1)
+    list(BasisCache(folder=tmp_path).bases(weights, "lq"))
+
+    def full(*_):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        BasisFolder(tmp_path, 1 << 20).get((weight_hash(weights["layer0"]), "lq"), torch.Size((6, 9)))
 
 
 def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):

@@ -16,15 +16,15 @@ from runner.client import Client, PromptFailed
 from runner.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 30
+STEPS = 20
 
 
 def training(prefix: str, **settings) -> tuple[Prompt, str]:
     prompt = Prompt()
     playground = Playground(prompt)
     latents, positive = playground.drawings()
-    more = {"options": playground.options(checkpoint_every=5), "steps": STEPS, "targets": "cross-attention"}
-    node = playground.train(positive, latents=latents, **{**more, **settings})
+    more = {"options": playground.options(checkpoint_every=5), "targets": "cross-attention"}
+    node = playground.train(positive, latents=latents, **{"steps": STEPS, "batch_size": 1, **more, **settings})
     playground.save((node, 0), prefix)
     return prompt, node
 
@@ -62,16 +62,16 @@ def test_cancelled_and_queued_again_it_goes_on(client, adapters, base_unchanged)
 
 
 def test_the_same_inputs_give_the_finished_adapter_back_unless_reuse_is_off(client, adapters):
-    prompt, _ = training("first", seed=102)
+    prompt, _ = training("first", seed=102, steps=8)
     client.run(prompt)
     client.post("/free", {"unload_models": True, "free_memory": True})
     time.sleep(1)  # ComfyUI frees its caches between prompts
-    prompt, node = training("second", seed=102, reuse=True)
+    prompt, node = training("second", seed=102, steps=8, reuse=True)
     prompt.add("LossGraphNode", loss=(node, 1), filename_prefix="loss")
     result = client.run(prompt)
     assert node in result.executed and "trained before" in result.texts[node][-1]
     assert same(tensors(adapters, "first"), tensors(adapters, "second"))
-    prompt, node = training("third", seed=102, reuse=False)
+    prompt, node = training("third", seed=102, steps=8, reuse=False)
     assert "trained before" not in client.run(prompt).texts[node][-1]
     assert same(tensors(adapters, "first"), tensors(adapters, "third"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -16,8 +16,9 @@ from .base import layer_weight, matrix_shape, split_name
 from .describe import base_name
 
 
-class ModelWeights(Mapping[str, torch.Tensor]):
-    """Matrices `(out, in)` in the model's own dtype; `path` is the name of its checkpoint, for messages.
+class ModelWeights:
+    """`convert.base.Weights` of a model in memory: matrices `(out, in)` in the model's own dtype; `path` is the name of
+    its checkpoint, for messages.
 
     Raises SodaMixError for a layer that the model lacks.
     """
@@ -47,17 +48,9 @@ class ModelWeights(Mapping[str, torch.Tensor]):
         self.shape(layer)
         return layer_weight(self.patcher, layer)
 
-    def __contains__(self, layer: object) -> bool:
-        return isinstance(layer, str) and split_name(layer)[0] in self._shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return (key.removesuffix(".weight") for key in self._shapes if key.endswith(".weight"))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
     def attention(self) -> list[str]:
-        return [layer for layer in self if ATTENTION.fullmatch(layer)]
+        layers = (key.removesuffix(".weight") for key in self._shapes if key.endswith(".weight"))
+        return [layer for layer in layers if ATTENTION.fullmatch(layer)]
 
 
 def progress(layers: int) -> Callable[[int, int], None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import comfy.utils
 from comfy.model_management import InterruptProcessingException
@@ -48,10 +49,13 @@ class TrainingProgress:
         else:
             self._live.end("stopped" if self._live.done < self.steps else "finished")
 
-    def restore(self, losses: Iterable[float]) -> None:
-        """Put the losses of steps taken in an earlier run on the curve; they do not count for the time left."""
+    def restore(self, losses: Iterable[float], samples: Sequence[Sequence[Any]] = ()) -> None:
+        """Put the losses of steps taken in an earlier run on the curve, and its samples (`Strip.state`) on the strip;
+        they do not count for the time left."""
         for done, loss in enumerate(losses, start=1):
             self._live.step(done, loss, None)
+        self.strip.load_state(samples)
+        self._tell_samples()
 
     def step(self, step: int, loss: float) -> None:
         """`step` counts from 0. One that was told before means that training went back to that state."""
@@ -74,7 +78,7 @@ class TrainingProgress:
         """Show a sample made after `step` on the node, and keep it for the strip."""
         self._bar.update_absolute(step + 1, self.steps, ("JPEG", image, LARGEST))
         self.strip.add(step + 1, image)
-        self._live.sampled([number for number, _ in self.strip.samples])
+        self._tell_samples()
 
     def note(self, text: str) -> None:
         """A sentence that stays on the node below the running line."""
@@ -85,6 +89,9 @@ class TrainingProgress:
     def pause(self, seconds: float) -> None:
         """Leave `seconds`, spent on something else than steps, out of the time left."""
         self._start += seconds
+
+    def _tell_samples(self) -> None:
+        self._live.sampled([number for number, _ in self.strip.samples])
 
     def _send(self) -> None:
         send("\n".join(line for line in (self._line, *self.notes[-NOTES:]) if line), self.node_id)

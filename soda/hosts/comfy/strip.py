@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from ...atomic import replace_file
 
 MOST = 64  # samples; of more, every second is left out
 COLUMNS = 8
@@ -18,10 +26,18 @@ class Strip:
         self.samples: list[tuple[int, Image.Image]] = []
 
     def add(self, step: int, image: Image.Image) -> None:
-        """A sample made after `step` steps."""
+        """A sample made after `step` steps; a training that went back makes those after it anew."""
+        self.samples = [sample for sample in self.samples if sample[0] < step]
         if len(self.samples) == MOST:
             self.samples = self.samples[1::2]
         self.samples.append((step, _sized(image)))
+
+    def state(self) -> list[list[Any]]:
+        """The samples for a checkpoint: [step, pixels (H, W, 3) in uint8], at most 0.8 MB each."""
+        return [[step, torch.from_numpy(np.array(image))] for step, image in self.samples]
+
+    def load_state(self, state: Sequence[Sequence[Any]]) -> None:
+        self.samples = [(step, Image.fromarray(pixels.numpy())) for step, pixels in state]
 
     def draw(self) -> Image.Image:
         """In rows of COLUMNS. There must be a sample."""
@@ -36,9 +52,18 @@ class Strip:
             sheet.paste(image, (left, top + LABEL))
         return sheet
 
-    def tensor(self) -> torch.Tensor:
-        """`draw` as a ComfyUI IMAGE, (1, H, W, 3) in 0 to 1."""
-        return torch.from_numpy(np.asarray(self.draw(), dtype=np.float32) / 255)[None]
+    def save(self, texts: Mapping[str, str]) -> tuple[str, str]:
+        """`draw` as a new PNG in the output folder, with `texts` in it -> (its subfolder, its name).
+
+        Raises OSError or SodaFileError where it cannot be written, and then leaves nothing.
+        """
+        output = folder_paths.get_output_directory()
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path("soda/training", output)
+        name, info = f"{stem}_{counter:05}_.png", PngInfo()
+        for key, text in texts.items():
+            info.add_text(key, text)
+        replace_file(Path(folder, name), lambda file: self.draw().save(file, "PNG", pnginfo=info))
+        return subfolder, name
 
 
 def _sized(image: Image.Image) -> Image.Image:

@@ -195,7 +195,7 @@ def _resume(run: TrainingRun, kept: KeptRun, progress: TrainingProgress) -> None
         return
     if state is not None:
         run.load_state_dict(state)
-        progress.restore(run.losses)
+        progress.restore(run.losses, state.get("samples", ()))
         progress.note(f"Went on from step {run.step} of a run with the same inputs that had not ended.")
 
 
@@ -219,7 +219,7 @@ def _keeper(kept: KeptRun | None, progress: TrainingProgress) -> Keep | None:
 
     def keep(state: dict[str, Any]) -> None:
         with _told(progress):
-            kept.keep(state)
+            kept.keep({**state, "samples": progress.strip.state()})
 
     return keep
 
