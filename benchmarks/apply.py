@@ -254,6 +254,7 @@ def dynamic_vram() -> None:
     import comfy_aimdo.control
 
     comfy_aimdo.control.init()
+    comfy_aimdo.control.set_log_warning()
     load_pack()
     import comfy.memory_management
     import comfy.model_patcher

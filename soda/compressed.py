@@ -22,21 +22,29 @@ LARGEST = 127
 
 
 class Compressed(NamedTuple):
-    """q `(rows, blocks, block)` int8 and scale `(rows, blocks, 1)` bf16 of a D `(rows, in)`, on one device."""
+    """Scales and q of a D `(rows, in)`, one after the other in one tensor of bytes, so that one copy moves them.
 
-    numbers: Tensor
-    scales: Tensor
+    shape: (rows, blocks, block).
+    """
+
+    data: Tensor
+    shape: tuple[int, int, int]
 
     @classmethod
     def of(cls, change: Tensor) -> Compressed:
         """From a D `(rows, in)`, fp32 or fp64. A block whose scale bf16 cannot hold becomes 0."""
-        count = -(-change.shape[1] // BLOCK)
-        blocks = F.pad(change, (0, -change.shape[1] % count)).unflatten(1, (count, -1))
+        rows, columns = change.shape
+        count = -(-columns // BLOCK)
+        blocks = F.pad(change, (0, -columns % count)).unflatten(1, (count, -1))
         scales = (blocks.abs().amax(-1, keepdim=True) / LARGEST).bfloat16()
-        numbers = (blocks / scales.to(blocks)).nan_to_num_(0.0).round_().clamp_(-LARGEST, LARGEST)
-        return cls(numbers.to(torch.int8), scales)
+        numbers = (blocks / scales.to(blocks)).nan_to_num_(0.0).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        data = torch.cat([part.flatten().view(torch.uint8) for part in (scales, numbers)])
+        return cls(data, (rows, count, blocks.shape[-1]))
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
         """weight += strength D, for a weight `(out, in)`, out >= rows, fp32 or fp64 on the same device."""
-        change = (self.numbers * (self.scales.to(weight.dtype) * strength)).flatten(1)
-        weight[: len(change)] += change[:, : weight.shape[1]]
+        rows, count, _ = self.shape
+        scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
+        scales = scales.view(torch.bfloat16).view(rows, count, 1).to(weight.dtype) * strength
+        change = (numbers.view(torch.int8).view(self.shape) * scales).flatten(1)
+        weight[:rows] += change[:, : weight.shape[1]]

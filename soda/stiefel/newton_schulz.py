@@ -9,9 +9,17 @@ They converge for eigenvalues of S in (-1, 2) and (-1, 4/3). There is no normali
 optimizer's step are near the manifold, where one or two steps reach rounding. A step is of order 2 where that ends the
 steps and order 1 does not: then no other steps need fewer products.
 
+A step along the manifold makes S = xi^T xi >= 0, whose eigenvalues lie around c > 0. M / sqrt(1 + c) has M's polar
+factor, and its own S is (S - c I) / (1 + c), shorter than S. So the same steps shrink that:
+
+    M <- M (I - T / 2) / sqrt(1 + c),    T from (S - c I) / (1 + c) in place of S
+
+Any c >= 0 keeps eigenvalues of S in (-1, 1) inside what converges.
+
 A bound on |S|_2 says how many steps may be needed. On a CPU S is looked at where that is more than one of order 1: its
-length bounds |S|_2, and the squared length of its longest row the entries of S^2. On other devices a look would wait
-for the device. (Higham, Functions of Matrices, 2008, section 8.3.)
+length bounds |S|_2. If that is too long as well, c becomes the middle of the diagonals of a bank, and the squared
+length of the longest row of (S - c I) / (1 + c) bounds the entries of its square. On other devices a look would wait
+for the device, and c is 0. (Higham, Functions of Matrices, 2008, section 8.3.)
 """
 
 from __future__ import annotations
@@ -37,13 +45,13 @@ def newton_schulz(
     tolerance = 2 * torch.finfo(ms[0].dtype).eps
     squares = [(len(m), m.shape[-1], m.shape[-1]) for m in ms]
     ss = scratch.take(0, ms[0], squares)
-    errors, here, there, active = list(errors), list(ms), list(outs), list(range(len(ms)))
+    errors, scales, here, there, active = list(errors), [1.0] * len(ms), list(ms), list(outs), list(range(len(ms)))
     while active:
         ts, second, unfinished = list(ss), [], []
         for i in active:
             torch.bmm(here[i].mT, here[i], out=ss[i])
             ss[i].diagonal(dim1=-2, dim2=-1).sub_(1)
-            row, error = _look(ss[i], errors[i], tolerance)
+            scales[i], row, error = _centre(ss[i], errors[i], tolerance)
             first_left, second_left = (shrinkage(order, error) * row**2 for order in (1, 2))
             if first_left > tolerance >= second_left:
                 second.append(i)
@@ -54,30 +62,36 @@ def newton_schulz(
             pieces = scratch.take(2, ms[0], squares)
             torch._foreach_copy_([pieces[i] for i in second], [ss[i] for i in second])
             for i in second:
-                ts[i] = pieces[i].baddbmm_(ss[i], ss[i], alpha=-0.75)
+                ts[i] = pieces[i].baddbmm_(ss[i], ss[i], alpha=-0.75 / scales[i])
         torch._foreach_copy_([there[i] for i in active], [here[i] for i in active])
         for i in active:
-            v = follow[i]
+            v, beta, alpha = follow[i], scales[i] ** -0.5, -0.5 * scales[i] ** -1.5
             if v is not None:
-                v.copy_(torch.baddbmm(v, v, ts[i], alpha=-0.5))
-            here[i], there[i] = there[i].baddbmm_(here[i], ts[i], alpha=-0.5), here[i]
+                v.copy_(torch.baddbmm(v, v, ts[i], beta=beta, alpha=alpha))
+            here[i], there[i] = there[i].baddbmm_(here[i], ts[i], beta=beta, alpha=alpha), here[i]
         active = unfinished
     astray = [i for i, out in enumerate(outs) if here[i] is not out]
     if astray:
         torch._foreach_copy_([outs[i] for i in astray], [here[i] for i in astray])
 
 
-def _look(s: Tensor, error: float, tolerance: float) -> tuple[float, float]:
-    """Bounds on the rows of S and on |S|_2, seen where `error` does not say that one step of order 1 is enough.
+def _centre(s: Tensor, error: float, tolerance: float) -> tuple[float, float, float]:
+    """S becomes S - c I; returns 1 + c, and bounds on the rows of (S - c I) / (1 + c) and on its |.|_2.
 
-    No row is longer than its matrix, whose length costs less to take.
+    c is 0 where `error`, or the length of S, which costs less to take than rows, says that order 1 is enough.
     """
     if s.device.type != "cpu" or shrinkage(1, error) * error**2 <= tolerance:
-        return error, error
+        return 1.0, error, error
     error = min(error, float(torch.linalg.vector_norm(s, dim=(-2, -1)).max()))
     if shrinkage(1, error) * error**2 <= tolerance:
-        return error, error
-    return min(error, float(torch.linalg.vector_norm(s, dim=-1).max())), error
+        return 1.0, error, error
+    diagonals = s.diagonal(dim1=-2, dim2=-1)
+    low, high = torch.aminmax(diagonals)
+    c = max(0.0, float(low + high) / 2)
+    diagonals.sub_(c)
+    rows = torch.linalg.vector_norm(s, dim=-1)
+    error = min(error + c, float(torch.linalg.vector_norm(rows, dim=-1).max())) / (1 + c)
+    return 1 + c, min(error, float(rows.max()) / (1 + c)), error
 
 
 def polar(m: Tensor, error: float = 0.5) -> Tensor:

@@ -84,7 +84,7 @@ def spread(count, n, error, dtype):
 def test_steps_of_the_right_order_end_at_rounding(error, dtype, rounding, looks, monkeypatch):
     """Also where S is not looked at, as on a GPU, and the bound alone says which steps there are."""
     if not looks:
-        monkeypatch.setattr("soda.stiefel.newton_schulz._look", lambda s, error, tolerance: (error, error))
+        monkeypatch.setattr("soda.stiefel.newton_schulz._centre", lambda s, error, tolerance: (1.0, error, error))
     small, large = spread(3, 4, error, dtype), spread(2, 9, error / 3, dtype)
     outs = [torch.empty_like(small), torch.empty_like(large)]
     newton_schulz([small.clone(), large.clone()], [error, error / 3], outs, [None, None], Scratch())
@@ -106,6 +106,33 @@ def test_no_more_products_than_needed(error, products):
     with Products():
         polar(matrix)
     assert sum(name is not None for name in counted) == products
+
+
+@pytest.mark.parametrize("m", [12, 7])
+def test_a_step_along_the_manifold_takes_products_for_what_differs_only(m, monkeypatch):
+    """M^T M = I + xi^T xi with alike eigenvalues: order 1 ends at rounding where the length of S says order 2."""
+    counted = []
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda *args, _old=torch.Tensor.baddbmm_, **names: counted.append(1)
+                        or _old(*args, **names))  # fmt: skip
+    s = 4e-3 + 4e-4 * torch.linspace(-1, 1, m, dtype=torch.float64)
+    turn = frames(1, m, m)
+    matrix = (frames(2, 12, m, 1) @ ((turn * (1 + s).sqrt()) @ turn.mT)).float()
+    follow = noise(2, 12, m, seed=2, dtype=torch.float32)
+    expected = follow.double() @ ((turn * (1 + s).rsqrt()) @ turn.mT)
+    out = torch.empty_like(matrix)
+    newton_schulz([matrix.clone()], [0.25], [out], [follow], Scratch())
+    assert len(counted) == 1 and 0.75 * float(s.square().max()) > 1e-5
+    torch.testing.assert_close(out.double(), svd_polar(matrix.double()), rtol=0, atol=3e-7)
+    torch.testing.assert_close(follow.double(), expected, rtol=0, atol=2e-6)
+
+
+@given(low=st.floats(-0.6, 0.6), high=st.floats(-0.6, 0.6), seed=st.integers(0, 2**20))
+def test_unlike_matrices_of_one_bank_all_end_at_rounding(low, high, seed):
+    """One middle for all: also where most eigenvalues are at one end and some at the other."""
+    s = torch.full((3, 6), low, dtype=torch.float64)
+    s[1], s[2, 0] = high, high
+    matrix = frames(3, 6, 6, seed) * (1 + s).sqrt()[:, None] @ frames(3, 6, 6, seed + 1).mT
+    torch.testing.assert_close(polar(matrix, 0.6), svd_polar(matrix), rtol=0, atol=1e-13)
 
 
 def test_polar_takes_single_matrices_and_leaves_them():

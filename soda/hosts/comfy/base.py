@@ -75,10 +75,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:2]) if all(size == 1 for size in shape[2:]) else tuple(shape)
 
 
+@torch.inference_mode()  # threads start outside it, where a view of a weight that was loaded in it may be refused
 def layer_weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
-    """The unpatched weight of one adapter layer, (out, in); rows a to b if the name says so."""
+    """The unpatched weight of one adapter layer, (out, in); rows a to b if the name says so. It takes no gradient."""
     key, rows = split_name(layer)
-    weight = unpatched(patcher, key)
+    weight = unpatched(patcher, key).detach()
     weight = weight.reshape(matrix_shape(weight.shape))
     return weight if rows is None else weight[rows[0] : rows[1]]
 

@@ -76,8 +76,9 @@ class Fold:
 
     def _change(self, name: str, weight: Tensor, again: bool) -> Compressed:
         """D of one layer at strength 1, on the weight's device."""
-        if name in self._changes:
-            return Compressed(*(on_device(part, weight.device) for part in self._changes[name]))
+        kept = self._changes.get(name)
+        if kept is not None:
+            return kept._replace(data=on_device(kept.data, weight.device))
         deltas = [
             term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
             for term in self.mix.layers[name]
@@ -88,7 +89,7 @@ class Fold:
             add_spectral_change(total, *spectrum, base)
         change = Compressed.of(total)
         if again:
-            self._changes[name] = Compressed(*(part.to(CPU) for part in change))
+            self._changes[name] = change._replace(data=change.data.to(CPU))
         return change
 
     def _ready_for(self, name: str, strength: float, device: torch.device) -> Ready:

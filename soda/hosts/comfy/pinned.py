@@ -14,13 +14,13 @@ from comfy.model_management import cast_to_device, is_device_cpu, is_device_cuda
 from torch import Tensor
 
 SENT = "_soda_sent"
-AT_ONCE = 1 << 16  # bytes that CUDA sends without waiting in any case; pinning is by whole pages, which these may share
+SMALL = 1 << 16  # bytes; pinning is by whole pages, which small tensors share
 
 
 def on_device(held: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, in its dtype; pinned where it lies, as far as ComfyUI's own bound allows, until nobody
     holds it."""
-    if is_device_cpu(held.device) and is_device_cuda(device) and held.nbytes > AT_ONCE:
+    if is_device_cpu(held.device) and is_device_cuda(device) and held.nbytes > SMALL:
         if hasattr(held, SENT) and pin_memory(held):
             weakref.finalize(held, unpin_memory, held.detach()).atexit = False
         setattr(held, SENT, True)
