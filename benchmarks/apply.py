@@ -59,12 +59,17 @@ class Case:
         name, unet = SMALL if self.small else MODELS["sdxl"]
         config = getattr(comfy.supported_models, name)(dict(unet, dtype=torch.float16))
         config.set_inference_dtype(torch.float16, torch.float32 if self.device.type == "cpu" else None)
-        model = config.get_model({}, "", device=torch.device("cpu"))
-        generator = torch.Generator(self.device).manual_seed(0)
-        for key, parameter in model.named_parameters():
-            if key not in self.state:
+        if not self.state:
+            import comfy.memory_management
+
+            dynamic, comfy.memory_management.aimdo_enabled = comfy.memory_management.aimdo_enabled, False
+            model = config.get_model({}, "", device=torch.device("cpu"))
+            generator = torch.Generator(self.device).manual_seed(0)
+            for key, parameter in model.named_parameters():
                 self.state[key] = self._numbers(key, parameter, generator)
-            parameter.data = self.state[key].clone()
+            comfy.memory_management.aimdo_enabled = dynamic  # under which modules have no weights of their own
+        model = config.get_model({}, "", device=torch.device("cpu"))
+        model.load_state_dict({key: value.clone() for key, value in self.state.items()}, strict=False, assign=True)
         return comfy.model_patcher.CoreModelPatcher(model, load_device=self.device, offload_device=torch.device("cpu"))
 
     def _numbers(self, key: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

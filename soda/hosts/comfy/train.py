@@ -281,7 +281,8 @@ def _training_state(patchers: Sequence[ModelPatcher]) -> Iterator[None]:
         yield
     finally:
         comfy.model_management.in_training = before
-        for patcher in patchers:
-            patcher.cleanup()
-            if patcher.parent is not None and patcher.parent.is_dynamic():
-                comfy.model_management.unload_model_and_clones(patcher)
+        with torch.inference_mode():  # as weights were loaded: moved outside it they would be tensors of neither kind
+            for patcher in patchers:
+                patcher.cleanup()
+                if patcher.parent is not None and patcher.parent.is_dynamic():
+                    comfy.model_management.unload_model_and_clones(patcher)
