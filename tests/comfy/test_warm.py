@@ -160,12 +160,10 @@ def test_eight_adapters_in_any_order_are_the_same_bit_for_bit():
         assert same(reference, loaded(one_by_one))
 
 
-@pytest.mark.parametrize("decomposition", ["lq", "svd", "qr"])
+@pytest.mark.parametrize("decomposition", ["lq", "svd", "qr", "none"])
 @pytest.mark.parametrize("memory", [6.0, 0.0])
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 0.01)])
-def test_low_vram_repeats_the_same_weight_and_decomposes_no_more(
-    settings, counted, decomposition, memory, dtype, near
-):
+def test_low_vram_repeats_the_same_weight_and_decomposes_no_more(settings, counted, decomposition, memory, dtype, near):
     settings(memory=memory, disk=0)
     model = small_model(seed=24, dtype=dtype)
     patched = apply(model, [(adapter(model, decomposition=decomposition), 1.0)])[0]
@@ -177,6 +175,7 @@ def test_low_vram_repeats_the_same_weight_and_decomposes_no_more(
         first = lazy(base_weight.clone())
         before = dict(counted)
         assert all(torch.equal(first, lazy(base_weight.clone())) for _ in range(3)) and counted == before
+        assert lazy.memory_required() > 0  # with dynamic VRAM core fails at nothing to pin
         assert (first - expected[key]).norm() <= near * (expected[key] - base_weight).norm()
 
 
@@ -185,7 +184,7 @@ def test_a_change_used_in_every_forward_is_kept_in_a_byte_a_number():
     model = small_model(seed=24, dtype=torch.bfloat16)
     patched = apply(model, [(adapter(model, 1, decomposition="svd"), 1.0), (adapter(model, 2), 0.5)])[0]
     key, base = next((key, weights(model)[key]) for key in patched.patches)
-    fold, layer = patched.patches[key][0][1].weights
+    fold, layer, _ = patched.patches[key][0][1].weights
     lazy = LowVramPatch(key, patched.patches)
     results = [lazy(base.clone()) for _ in range(2)]
     ((name, kept),) = fold._changes.items()

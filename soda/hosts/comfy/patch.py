@@ -25,14 +25,16 @@ ATTACHMENT = "soda"
 MODE = "soda_mode"
 MODES = ("auto", "merge", "bypass")
 Parts = Sequence[tuple[Adapter, float]]
+SOMETHING = torch.zeros(1)
 
 
 class SodaWeightAdapter(WeightAdapterBase):
     """The adaptation of one weight as core patches carry it.
 
-    `weights` is (fold, layer). Core rebuilds the object as type(a)(loaded_keys, weights), so nothing may live in other
-    attributes; tensors among the weights it would copy into memory pinned anew for every prompt, which for bases takes
-    longer than adapting. The weight it gets is W0, since SODA patches stand first.
+    `weights` is (fold, layer, SOMETHING). Core rebuilds the object as type(a)(loaded_keys, weights), so nothing may live
+    in other attributes. With dynamic VRAM it copies the tensors among the weights into memory pinned anew for every
+    prompt, which for bases would take longer than adapting, and fails where there are none. The weight it gets is W0,
+    since SODA patches stand first.
     """
 
     name = "soda"
@@ -44,7 +46,7 @@ class SodaWeightAdapter(WeightAdapterBase):
     @property
     def terms(self) -> tuple[Layer, ...]:
         """What it applies at strength 1."""
-        fold, layer = self.weights
+        fold, layer, _ = self.weights
         return fold.mix.layers[layer]
 
     def calculate_weight(
@@ -55,7 +57,7 @@ class SodaWeightAdapter(WeightAdapterBase):
         arithmetic."""
         if strength == 0.0:
             return weight
-        fold, layer = self.weights
+        fold, layer, _ = self.weights
         # Core merges with fp32 between patches, and patches what it is about to use with the weight's own dtype.
         repeated = intermediate_dtype == weight.dtype != torch.float32
         adapted = fold.adapted(layer, weight.reshape(matrix_shape(weight.shape)), strength, repeated)
@@ -131,7 +133,7 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
     for name in merged.layers:
         key, rows = split_name(name)
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
-        patches[target] = SodaWeightAdapter({name}, (fold, name))
+        patches[target] = SodaWeightAdapter({name}, (fold, name, SOMETHING))
     _replace(clone, patches)
     report.changed += len(mixed.layers)
     report.bypassed += len(beside)
