@@ -42,9 +42,12 @@ class Compressed(NamedTuple):
         return cls(data, (rows, count, blocks.shape[-1]))
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
-        """weight += strength D, for a weight `(out, in)`, out >= rows, fp32 or fp64 on the same device."""
-        rows, count, _ = self.shape
+        """weight += strength D, for a contiguous weight `(out, in)`, out >= rows, fp32 or fp64 on the same device."""
+        rows, count, block = self.shape
         scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
         scales = scales.view(torch.bfloat16).view(rows, count, 1).to(weight.dtype) * strength
-        change = (numbers.view(torch.int8).view(self.shape) * scales).flatten(1)
-        weight[:rows] += change[:, : weight.shape[1]]
+        numbers = numbers.view(torch.int8).view(self.shape)
+        if count * block == weight.shape[1]:
+            weight[:rows].view(self.shape).addcmul_(numbers, scales)  # in one pass
+        else:
+            weight[:rows] += (numbers * scales).flatten(1)[:, : weight.shape[1]]

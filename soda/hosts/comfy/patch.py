@@ -31,10 +31,10 @@ SOMETHING = torch.zeros(1)
 class SodaWeightAdapter(WeightAdapterBase):
     """The adaptation of one weight as core patches carry it.
 
-    `weights` is (fold, layer, SOMETHING). Core rebuilds the object as type(a)(loaded_keys, weights), so nothing may live
-    in other attributes. With dynamic VRAM it copies the tensors among the weights into memory pinned anew for every
-    prompt, which for bases would take longer than adapting, and fails where there are none. The weight it gets is W0,
-    since SODA patches stand first.
+    `weights` is (fold, layer, SOMETHING). Core rebuilds the object as type(a)(loaded_keys, weights), so nothing may
+    live in other attributes. With dynamic VRAM it copies the tensors among the weights into memory pinned anew for
+    every prompt, which for bases would take longer than adapting, and fails where there are none. The weight it gets is
+    W0, since SODA patches stand first.
     """
 
     name = "soda"
