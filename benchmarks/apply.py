@@ -243,7 +243,7 @@ def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
         comfy.model_management.load_models_gpu([patched])
     else:
         patched.patch_model(case.device, lowvram_model_memory=1)
-        assert patched.model.model_lowvram and patched.model.lowvram_patch_counter
+        assert patched.model.model_lowvram and bool(patched.model.lowvram_patch_counter) == bool(patched.patches)
     times = [seconds(lambda: forward(case, patched, 16 if case.small else 128))[0] for _ in range(3 + ROUNDS)]
     if patched.is_dynamic():
         print(f"{patched.loaded_size() / 2**30:.1f} GiB of weights on the device", file=sys.stderr)
@@ -252,6 +252,29 @@ def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
     else:
         patched.unpatch_model(torch.device("cpu"))
     return statistics.median(times[3:])
+
+
+def compare_steps(case: Case) -> None:
+    """`step` of all sides on one model in turn: it hangs on the host's memory, which differs from minute to minute."""
+    model = case.patcher()
+    sides: dict[str, Any] = {t: (Core if k == "lora" else Soda)(case.files(k, 1)) for t, k in SIDES.items()}
+    patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
+
+    def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+        _wait(case.device)
+        start = time.perf_counter()
+        result = run()
+        _wait(case.device)
+        return time.perf_counter() - start, result
+
+    times: dict[str, list[float]] = {title: [] for title in patched}
+    for _ in range(ROUNDS):
+        for title, one in patched.items():
+            times[title].append(low_vram_step(case, one, seconds))
+    core = times["core LoRA r32"]
+    for title, measured in times.items():
+        ratio = statistics.median(own / lora for own, lora in zip(measured, core, strict=True))
+        print(f"{title:15}{statistics.median(measured):8.3f} s{ratio:6.2f}x", *(f"{t:.3f}" for t in measured))
 
 
 def dynamic_vram() -> None:
@@ -279,11 +302,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
+    parser.add_argument("--steps", action="store_true", help="`step` alone, all sides in turn in this process")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
-    if arguments.side:
+    if arguments.side or arguments.steps:
         dynamic_vram() if arguments.dynamic else load_pack()
         from comfy.cli_args import args
 
@@ -291,8 +315,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             args.base_directory = folder
             with torch.inference_mode():  # as ComfyUI runs nodes
-                result = measure(arguments.side, Case(device, arguments.small, Path(folder)))
-        print(json.dumps(result))
+                case = Case(device, arguments.small, Path(folder))
+                print(json.dumps(measure(arguments.side, case))) if arguments.side else compare_steps(case)
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")

@@ -45,9 +45,8 @@ class Compressed(NamedTuple):
         """weight += strength D, for a contiguous weight `(out, in)`, out >= rows, fp32 or fp64 on the same device."""
         rows, count, block = self.shape
         scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
-        scales = scales.view(torch.bfloat16).view(rows, count, 1).to(weight.dtype) * strength
-        numbers = numbers.view(torch.int8).view(self.shape)
+        scales, numbers = scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(torch.int8).view(self.shape)
         if count * block == weight.shape[1]:
-            weight[:rows].view(self.shape).addcmul_(numbers, scales)  # in one pass
+            weight[:rows].view(self.shape).addcmul_(numbers, scales, value=strength)  # one launch
         else:
-            weight[:rows] += (numbers * scales).flatten(1)[:, : weight.shape[1]]
+            weight[:rows] += (numbers * scales.to(weight.dtype)).flatten(1)[:, : weight.shape[1]] * strength
