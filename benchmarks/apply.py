@@ -170,24 +170,25 @@ class Soda:
         return self.cache.size
 
 
+def seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
 def measure(kind: str, case: Case) -> dict[str, float]:
     import comfy.model_management
 
     side: Any = (Core if kind == "lora" else Soda)(case.files(kind, 8))
-
-    def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-        _wait(case.device)
-        start = time.perf_counter()
-        result = run()
-        _wait(case.device)
-        return time.perf_counter() - start, result
 
     def put(model: Any, weights: list[float]) -> float:
         def run() -> Any:
             patched = side.apply(model, weights)
             load(patched)
 
-        return seconds(run)[0]
+        return seconds(case.device, run)
 
     def load(model: Any) -> None:
         comfy.model_management.load_models_gpu([model], force_full_load=True)
@@ -215,7 +216,7 @@ def measure(kind: str, case: Case) -> dict[str, float]:
     row["mix"] = statistics.median(put(model, [0.1 * i] + [0.3] * 7) for i in range(1, ROUNDS + 1))
     numbers = sum(shape.numel() for shape in case.shapes().values())
     row["ram"] = side.bytes() / numbers
-    row["step"] = low_vram_step(case, side.apply(model, [1.0]), seconds)
+    row["step"] = low_vram_step(case, side.apply(model, [1.0]))
     return row
 
 
@@ -231,7 +232,7 @@ def forward(case: Case, patched: Any, size: int) -> None:
     patched.model.apply_model(x, torch.ones(2, device=case.device), **inputs)
 
 
-def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
+def low_vram_step(case: Case, patched: Any) -> float:
     """A forward with no weight on the device; with dynamic VRAM, with those that find room in 4 GiB."""
     import comfy.model_management
 
@@ -244,7 +245,8 @@ def low_vram_step(case: Case, patched: Any, seconds: Callable) -> float:
     else:
         patched.patch_model(case.device, lowvram_model_memory=1)
         assert patched.model.model_lowvram and bool(patched.model.lowvram_patch_counter) == bool(patched.patches)
-    times = [seconds(lambda: forward(case, patched, 16 if case.small else 128))[0] for _ in range(3 + ROUNDS)]
+    size = 16 if case.small else 128
+    times = [seconds(case.device, lambda: forward(case, patched, size)) for _ in range(3 + ROUNDS)]
     if patched.is_dynamic():
         print(f"{patched.loaded_size() / 2**30:.1f} GiB of weights on the device", file=sys.stderr)
         del taken
@@ -260,17 +262,10 @@ def compare_steps(case: Case) -> None:
     sides: dict[str, Any] = {t: (Core if k == "lora" else Soda)(case.files(k, 1)) for t, k in SIDES.items()}
     patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
 
-    def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-        _wait(case.device)
-        start = time.perf_counter()
-        result = run()
-        _wait(case.device)
-        return time.perf_counter() - start, result
-
     times: dict[str, list[float]] = {title: [] for title in patched}
     for _ in range(ROUNDS):
         for title, one in patched.items():
-            times[title].append(low_vram_step(case, one, seconds))
+            times[title].append(low_vram_step(case, one))
     core = times["core LoRA r32"]
     for title, measured in times.items():
         ratio = statistics.median(own / lora for own, lora in zip(measured, core, strict=True))

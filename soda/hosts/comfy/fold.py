@@ -70,7 +70,7 @@ class Fold:
         self._met.add(name)
         if not repeated or all(delta is None for delta in deltas):
             return changed(weight, self._spectra(name, deltas, weight, again), turns)
-        total = weight.to(torch.float32, copy=True)
+        total = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self._change(name, weight, again).add_to(total, strength)
         return turns.turned(total)
 
