@@ -207,6 +207,8 @@ def measure(kind: str, case: Case) -> dict[str, float]:
     warm_up, _ = fresh([1.0])  # libraries load
     side.forget("disk")
     row["first"], _ = fresh([1.0])
+    if kind != "lora":
+        side.cache.flush()
     row["memory"], model = fresh([1.0])
     if kind != "lora":
         side.forget("memory")

@@ -1,4 +1,7 @@
-"""The bases of many weights: batches of equal shape within a working set, on the faster of device and CPU."""
+"""The bases of many weights: batches of equal shape within a working set, on the faster of device and CPU.
+
+What comes out of a batch is copied into memory of its own, so that nothing holds the batch.
+"""
 
 from __future__ import annotations
 
@@ -51,19 +54,23 @@ def decompose_all(
     matrix. Raises ValueError as `decompose` does.
     """
     done = 0
-    for batch in decompose_batches(weights, decomposition, device=device, working_set=working_set, keep=keep):
+    for batch in decompose_batches(weights, decomposition, device=device, working_set=working_set):
         for name, basis in batch.items():
             done += 1
             if progress is not None:
                 progress(done, len(weights))
-            yield name, basis
+            yield name, _copied(basis, basis.spectrum.device if keep else CPU)
+
+
+def to_keep(basis: Basis) -> Basis:
+    """The kept form of a basis, in main memory."""
+    return _copied(basis.kept(), CPU)
 
 
 def decompose_batches(
-    weights: Mapping[str, Tensor], decomposition: Decomposition, *, device: torch.device, working_set: int,
-    keep: bool = False,
-) -> Iterator[dict[str, Basis]]:  # fmt: skip
-    """`decompose_all` by what is decomposed together."""
+    weights: Mapping[str, Tensor], decomposition: Decomposition, *, device: torch.device, working_set: int
+) -> Iterator[dict[str, Basis]]:
+    """`decompose_all` by what is decomposed together, where it was made, as parts of it."""
     if decomposition == "none":
         return
     device = solver_device(device, decomposition)
@@ -74,7 +81,7 @@ def decompose_batches(
         count = max(1, working_set // working_bytes(shape, decomposition, device))
         for start in range(0, len(names), count):
             chunk = names[start : start + count]
-            yield dict(zip(chunk, _batch([weights[n] for n in chunk], decomposition, device, keep), strict=True))
+            yield dict(zip(chunk, _batch([weights[n] for n in chunk], decomposition, device), strict=True))
 
 
 def working_bytes(shape: torch.Size, decomposition: Decomposition, device: torch.device) -> int:
@@ -93,14 +100,21 @@ def working_bytes(shape: torch.Size, decomposition: Decomposition, device: torch
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.device, keep: bool) -> list[Basis]:
-    """Bases on the CPU or, with `keep`, on the device, each in memory of its own."""
+def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.device) -> list[Basis]:
     dtype = torch.float64 if all(w.dtype == torch.float64 for w in weights) else torch.float32
     together = decompose(torch.stack([w.to(device, dtype) for w in weights]), decomposition)
     assert together is not None
     parts = together.tensors()
-    return [Basis.of(decomposition, {name: _own(parts[name][i], keep) for name in parts}) for i in range(len(weights))]
+    return [Basis.of(decomposition, {name: parts[name][i] for name in parts}) for i in range(len(weights))]
 
 
-def _own(tensor: Tensor, keep: bool) -> Tensor:
-    return tensor.clone() if keep or tensor.device == CPU else tensor.to(CPU)
+@torch.inference_mode(False)
+@torch.no_grad()
+def _copied(basis: Basis, place: torch.device) -> Basis:
+    """On a device, in memory of its own."""
+    copies = {name: torch.empty_like(t, device=place) for name, t in basis.tensors().items()}
+    for name, tensor in basis.tensors().items():
+        if tensor.device != place == CPU:
+            copies[name].zero_()  # by all threads: the copy alone meets new pages in one, several times slower
+        copies[name].copy_(tensor)
+    return Basis.of(basis.decomposition, copies)

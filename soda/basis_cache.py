@@ -16,14 +16,14 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .bases import WORKING_SET, Progress, Some, decompose_batches
+from .bases import WORKING_SET, Progress, Some, decompose_batches, to_keep
 from .basis_folder import BasisFolder
 from .decomposition import Basis, Key
 from .precision import CPU
@@ -70,7 +70,7 @@ class BasisCache:
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
         weights again of which a sample has not changed. hashes: what `hashes` gave for them.
-        `progress(done, total)` is told after every matrix.
+        `progress(done, total)` is told after every matrix. The folder is written meanwhile and afterwards; see `flush`.
         """
         if decomposition == "none":
             return
@@ -83,26 +83,19 @@ class BasisCache:
             done += 1
             tell(done, len(weights))
             yield name, basis
-        writing: list[Future[None]] = []
         start_time = time.perf_counter()
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            for batch in decompose_batches(
-                Some(weights, missing), decomposition, device=device, working_set=working_set
-            ):
-                taken = time.perf_counter() - start_time
-                kept = {name: basis.kept() for name, basis in batch.items()}
-                for written in writing:  # of the batch before: what is not kept must not pile up
-                    written.result()
-                if self._folder is not None and taken * READ_RATE > sum(basis.nbytes for basis in kept.values()):
-                    writing = [pool.submit(self._folder.put, keys[name], basis) for name, basis in kept.items()]
+        for batch in decompose_batches(Some(weights, missing), decomposition, device=device, working_set=working_set):
+            kept = {name: to_keep(basis) for name, basis in batch.items()}
+            taken = time.perf_counter() - start_time
+            if self._folder is not None and taken * READ_RATE > sum(basis.nbytes for basis in kept.values()):
                 for name, basis in kept.items():
-                    self._keep(keys[name], basis)
-                    done += 1
-                    tell(done, len(weights))
-                    yield name, basis
-                start_time = time.perf_counter()
-            for written in writing:
-                written.result()
+                    self._folder.put_later(keys[name], basis, room=max(self.memory, working_set))
+            for name, basis in kept.items():
+                self._keep(keys[name], basis)
+                done += 1
+                tell(done, len(weights))
+                yield name, basis
+            start_time = time.perf_counter()
 
     def _at_hand(self, keys: Mapping[str, Key], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
@@ -166,6 +159,11 @@ class BasisCache:
         self._keep(key, basis)
         if self._folder is not None and to_disk:
             self._folder.put(key, basis)
+
+    def flush(self) -> None:
+        """Wait until what was computed is on disk."""
+        if self._folder is not None:
+            self._folder.flush()
 
     def forget(self, key: Key) -> None:
         """Let go of a basis in memory."""

@@ -13,7 +13,9 @@ import os
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from .decomposition import Basis, Key
 
-SUFFIX = ".basis2.safetensors"  # 1 had all vectors in fp32
+SUFFIX = ".basis3.safetensors"  # 1 had all vectors in fp32, 2 no probes
+WRITERS = 4
 ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
 log = logging.getLogger(__name__)
 
@@ -40,9 +43,14 @@ class BasisFolder:
         self._unscanned = 0  # bytes that may be written before the folder is looked through again
         self._writable = True
         self._lock = threading.Lock()
+        self._writers = ThreadPoolExecutor(WRITERS)
+        self._later: deque[tuple[int, Future[None]]] = deque()
+        self._left = 0  # bytes of those
+        self._queueing = threading.Lock()
 
     def bound(self, limit: int) -> None:
         """Another limit from now on; what is beyond it goes at once."""
+        self.flush()
         self.limit = limit
         self._unscanned = 0
         self._writable = True
@@ -81,6 +89,28 @@ class BasisFolder:
                 told, self._writable = not self._writable, False
             if not told:
                 log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
+
+    def put_later(self, key: Key, basis: Basis, room: int) -> None:
+        """`put` while the caller goes on, who waits where more than `room` bytes would be left to write.
+
+        A process that ends writes what is left first.
+        """
+        with self._queueing:
+            while self._later and (self._later[0][1].done() or self._left + basis.nbytes > room):
+                self._written()
+            self._later.append((basis.nbytes, self._writers.submit(self.put, key, basis)))
+            self._left += basis.nbytes
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        with self._queueing:
+            while self._later:
+                self._written()
+
+    def _written(self) -> None:
+        size, future = self._later.popleft()
+        self._left -= size
+        future.result()
 
     def _file(self, key: Key) -> Path:
         return self.path / f"{key[0]}.{key[1]}{SUFFIX}"

@@ -18,6 +18,9 @@ all that a basis keeps. The other side follows from the weight at hand, V^T = S^
     svd      U or V, whichever is smaller                                    819 M         3.3 GB   3.3 GB, fp32
     svd, complete: both sides, for training, which makes D in every step     1774 M        7.1 GB
 
+With them it keeps its vectors' products with the two random matrices of `fingerprint`, from which follows the sketch of
+any D at once, sketch(D) = (S_1 U) diag(delta) (V^T S_2^T) / 8, where U = I for lq and V = I for qr: 16 k numbers.
+
 Relative error of D against fp64, 1280 x 1280 (benchmarks/decomposition.py): svd in fp64 3e-13 to 3e-10, from vectors
 kept in fp32 1e-6 to 1e-4 (their rounding grows by sigma_max / sigma; torch.linalg.svd in fp32 has 1e-4 to 3e-3);
 lq in fp32 1e-6 to 1e-5, in fp64 1e-12, kept in fp16 2e-4: Q enters D as it is, so that its rounding does not grow.
@@ -27,6 +30,7 @@ svd kept in fp16 would have 5e-3 (Gaussian) to 0.12 (a spectrum that falls to 1e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,34 +38,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapter import DECOMPOSITIONS, Decomposition
+from .fingerprint import SKETCH_SIZE, random_matrices
 from .precision import CPU, full_fp32, has_fp64, is_fast_in_fp64
 
 Key = tuple[str, Decomposition]  # the hash of a weight and what was made of it
 
 LIVE = 1e-4
 PASSES = 3
+STREAMS = 4
 LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its batched kernel, made for small ones
 
 
 @dataclass(frozen=True)
 class Basis:
     """A decomposition of `(..., out, in)` weights: left `(..., out, k)` and right `(..., k, in)`, None where D does
-    not need it or `complete` makes it; spectrum and live (bool) `(..., k)`."""
+    not need it or `complete` makes it; spectrum and live (bool) `(..., k)`; probes `(..., k, 16)`, left^T S_1^T and
+    right S_2^T, None in training."""
 
     decomposition: Decomposition
     left: Tensor | None
     right: Tensor | None
     spectrum: Tensor
     live: Tensor
+    probes: Tensor | None = None
 
     @classmethod
     def of(cls, decomposition: Decomposition, tensors: Mapping[str, Tensor]) -> Basis:
         """The inverse of `tensors`."""
-        return cls(decomposition, tensors.get("left"), tensors.get("right"), tensors["spectrum"], tensors["live"])
+        left, right, probes = (tensors.get(name) for name in ("left", "right", "probes"))
+        return cls(decomposition, left, right, tensors["spectrum"], tensors["live"], probes)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
-        named = {"left": self.left, "right": self.right, "spectrum": self.spectrum, "live": self.live}
+        named = {name: getattr(self, name) for name in ("left", "right", "spectrum", "live", "probes")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -72,8 +81,8 @@ class Basis:
     def kept(self) -> Basis:
         """The form in which it is kept and applied: Q of lq and qr in fp16, all else in fp32."""
         dtype = vector_dtype(self.decomposition)
-        sides = {name: t.to(dtype) for name, t in self.tensors().items() if name in ("left", "right")}
-        return Basis.of(self.decomposition, {**self.tensors(), **sides, "spectrum": self.spectrum.float()})
+        kinds = {"left": dtype, "right": dtype, "live": torch.bool}
+        return Basis.of(self.decomposition, {n: t.to(kinds.get(n, torch.float32)) for n, t in self.tensors().items()})
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it has the tensors of a kept basis of one weight `(out, in)`."""
@@ -84,6 +93,7 @@ class Basis:
             side: (vectors, vector_dtype(self.decomposition)),
             "spectrum": ((k,), torch.float32),
             "live": ((k,), torch.bool),
+            "probes": ((k, 2 * SKETCH_SIZE), torch.float32),
         }
         return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()} == forms
 
@@ -97,7 +107,7 @@ def kept_bytes(shape: Sequence[int], decomposition: Decomposition) -> int:
     """Bytes of the kept basis of one weight `(out, in)`."""
     k = min(shape)
     sides = {"lq": shape[1], "qr": shape[0], "svd": k}
-    return k * sides[decomposition] * vector_dtype(decomposition).itemsize + 5 * k
+    return k * (sides[decomposition] * vector_dtype(decomposition).itemsize + 8 * SKETCH_SIZE + 5)
 
 
 @torch.no_grad()
@@ -131,15 +141,37 @@ def decompose(weight: Tensor, decomposition: Decomposition, dtype: torch.dtype =
         else:
             vectors, spectrum = _lq(w.mT)
             side, vectors = "left", vectors.mT
-    live = (spectrum >= LIVE * spectrum.amax(-1, keepdim=True)) & (spectrum > 0)
-    parts = {side: vectors.to(home, dtype).contiguous(), "spectrum": spectrum.to(home, dtype), "live": live.to(home)}
-    return Basis.of(decomposition, parts)
+        live = (spectrum >= LIVE * spectrum.amax(-1, keepdim=True)) & (spectrum > 0)
+        probes = _probes(decomposition, vectors, torch.where(live, 1 / spectrum, 0.0), w)
+    parts = {side: vectors.contiguous(), "spectrum": spectrum, "probes": probes}
+    parts = {name: tensor.to(home, dtype) for name, tensor in parts.items()}
+    return Basis.of(decomposition, {**parts, "live": live.to(home)})
 
 
 def _svd(w: Tensor) -> tuple[Tensor, Tensor]:
     """U `(..., k, k)` and S `(..., k)`, descending, of a wide or square w, from w w^T = U S^2 U^T."""
-    values, vectors = torch.linalg.eigh(w @ w.mT)
+    values, vectors = _eigh(w @ w.mT)
     return vectors.flip(-1), values.flip(-1).clamp(min=0).sqrt()
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh`, on a GPU some matrices at a time: one alone leaves most of it idle."""
+    if not gram.is_cuda or gram.dim() != 3 or len(gram) == 1:
+        return torch.linalg.eigh(gram)
+    values, vectors = gram.new_empty(gram.shape[:-1]), torch.empty_like(gram)
+    caller = torch.cuda.current_stream(gram.device)
+
+    def solve(first: int) -> None:
+        stream = torch.cuda.Stream(gram.device)
+        stream.wait_stream(caller)
+        with torch.inference_mode(gram.is_inference()), torch.cuda.stream(stream):
+            for i in range(first, len(gram), STREAMS):
+                values[i], vectors[i] = torch.linalg.eigh(gram[i])
+        caller.wait_stream(stream)
+
+    with ThreadPoolExecutor(STREAMS) as pool:  # each solution ends with the host waiting for it
+        list(pool.map(solve, range(min(STREAMS, len(gram)))))
+    return values, vectors
 
 
 def _lq(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +214,23 @@ def _cholesky(gram: Tensor) -> Tensor:
     if gram.shape[-1] < LOOPED:
         return torch.linalg.cholesky_ex(gram)[0]
     return torch.stack([torch.linalg.cholesky_ex(one)[0] for one in gram])
+
+
+def _probes(decomposition: Decomposition, vectors: Tensor, inverse: Tensor, w: Tensor) -> Tensor:
+    """`Basis.probes` from the vectors of one side; the other side of svd follows from w and 1/S, `inverse`.
+
+    To be called within `full_fp32`."""
+    first, second = (matrix.to(w).mT for matrix in random_matrices(w.shape))
+    count = inverse.shape[-1]
+    if decomposition == "lq":
+        left, right = first[:count], vectors @ second
+    elif decomposition == "qr":
+        left, right = vectors.mT @ first, second[:count]
+    elif w.shape[-2] > w.shape[-1]:
+        left, right = inverse[..., None] * (vectors @ (w.mT @ first)), vectors @ second
+    else:
+        left, right = vectors.mT @ first, inverse[..., None] * (vectors.mT @ (w @ second))
+    return torch.cat(torch.broadcast_tensors(left, right), -1)
 
 
 def complete(basis: Basis, weight: Tensor) -> Basis:
@@ -247,26 +296,12 @@ def add_spectral_change(
         total[:, : len(delta)].addcmul_(left, delta)
 
 
-def spectral_product(basis: Basis, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """D x `(..., out, m)` of an x `(..., in, m)`, without D: far cheaper for few columns.
-
-    `weight` is the one that was decomposed. All on one device, the result in x's dtype; lq and qr do not look at the
-    weight's numbers.
-    """
-    delta = torch.where(basis.live, delta, 0.0).to(x.dtype)[..., None]
-    left, right = (None if side is None else side.to(x.dtype) for side in (basis.left, basis.right))
-    if basis.decomposition == "lq":
-        assert right is not None
-        return _padded(delta * (right @ x), (weight.shape[-2], x.shape[-1]))
-    if basis.decomposition == "qr":
-        assert left is not None
-        return left @ (delta * x[..., : delta.shape[-2], :])
-    share = torch.where(basis.live[..., None], delta / basis.spectrum[..., None], 0.0)
-    weight = weight.to(x)
-    if left is not None:
-        return left @ (share * (left.mT @ (weight @ x)))
-    assert right is not None
-    return weight @ (right.mT @ (share * (right @ x)))
+def spectral_sketch(basis: Basis, delta: Tensor) -> Tensor:
+    """`fingerprint.sketch` of the D of a delta `(k,)`, without D or the weight; `(8, 8)` fp32. All on one device."""
+    assert basis.probes is not None
+    left, right = basis.probes.double().split(SKETCH_SIZE, -1)
+    delta = torch.where(basis.live, delta, 0.0).to(left)
+    return ((left * delta[..., None]).mT @ right / SKETCH_SIZE).float()
 
 
 def _padded(x: Tensor, shape: Sequence[int]) -> Tensor:

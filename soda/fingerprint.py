@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -66,14 +66,13 @@ def _gaussian(width: int, seed: int) -> Tensor:
 def sketch(change: Tensor) -> Tensor:
     """The `(..., 8, 8)` fp32 sketch of D `(..., out, in)`, on the CPU."""
     d = change.detach().to("cpu", torch.float64)
-    left, right = _gaussian(d.shape[-2], 1), _gaussian(d.shape[-1], 2)
+    left, right = random_matrices(d.shape)
     return (left @ d @ right.mT / SKETCH_SIZE).float()
 
 
-def sketch_product(times: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Tensor:
-    """The `(8, 8)` sketch of a D `(out, in)` that is given as the function x `(in, 8)` -> D x, fp32 on the CPU."""
-    left, right = _gaussian(shape[-2], 1), _gaussian(shape[-1], 2)
-    return (left @ times(right.mT.float()).double() / SKETCH_SIZE).float()
+def random_matrices(shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """S_1 `(8, out)` and S_2 `(8, in)` for a D `(..., out, in)`, fp64 on the CPU; read only."""
+    return _gaussian(shape[-2], 1), _gaussian(shape[-1], 2)
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .adapter import Layer
-from .decomposition import Basis, spectral_product
-from .fingerprint import relative_error, sketch_product
+from .decomposition import Basis, spectral_sketch
+from .fingerprint import relative_error
 
 SILENT_ERROR = 0.02
 REFUSED_ERROR = 0.20
@@ -34,21 +34,18 @@ def misfit(terms: Sequence[Layer], shape: Sequence[int]) -> str | None:
     return None
 
 
-def spectrum_error(terms: Iterable[tuple[Layer, Basis, Tensor]]) -> float | None:
-    """Estimated ||D here - D trained|| / ||D trained|| over terms with a sketch, each given with the weight at hand
-    (out, in) and its basis; None when no term has a sketch. Good to some +-40 %, better for many."""
+def spectrum_error(terms: Iterable[tuple[Layer, Basis]]) -> float | None:
+    """Estimated ||D here - D trained|| / ||D trained|| over terms with a sketch, each given with the basis of the weight
+    at hand; None when no term has a sketch. Good to some +-40 %, better for many."""
     return relative_error(
-        sketches(term, basis, weight)
-        for term, basis, weight in terms
-        if term.delta is not None and term.sketch is not None
+        sketches(term, basis) for term, basis in terms if term.delta is not None and term.sketch is not None
     )
 
 
-def sketches(term: Layer, basis: Basis, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(of D on this weight, of D on the one trained on) for a term with a sketch; term and basis on the CPU."""
-    delta, trained = term.delta, term.sketch
-    assert delta is not None and trained is not None
-    return sketch_product(lambda x: spectral_product(basis, delta, weight, x), weight.shape), trained
+def sketches(term: Layer, basis: Basis) -> tuple[Tensor, Tensor]:
+    """(of D with this basis, of D with the one trained on) for a term with a sketch; term and basis on the CPU."""
+    assert term.delta is not None and term.sketch is not None
+    return spectral_sketch(basis, term.delta), term.sketch
 
 
 def rotation_only(layers: Mapping[str, tuple[Layer, ...]]) -> dict[str, tuple[Layer, ...]]:

@@ -26,7 +26,7 @@ def case(seed):
     here = decompose(other, kind)
     d0, d1 = spectral_change(decompose(weight, kind), delta, weight), spectral_change(here, delta, other)
     layer = Layer(kind, delta, tuple(torch.zeros(n * (n - 1) // 2) for n in factor_sizes(width, 2)), sketch(d0))
-    return spectrum_error([(layer, here, other)]), float((d1 - d0).norm() / d0.norm())
+    return spectrum_error([(layer, here)]), float((d1 - d0).norm() / d0.norm())
 
 
 def test_the_estimate_is_good_to_40_percent_over_three_decades():
@@ -53,7 +53,7 @@ def test_many_layers_average_out():
 def test_layers_without_a_sketch_say_nothing():
     basis = decompose(torch.eye(4), "lq")
     layer = Layer("lq", torch.ones(4), (torch.zeros(6),))
-    assert relative_error([]) is None and spectrum_error([(layer, basis, torch.eye(4))]) is None
+    assert relative_error([]) is None and spectrum_error([(layer, basis)]) is None
     assert relative_error([(torch.zeros(8, 8), torch.zeros(8, 8))]) is None
 
 
@@ -65,8 +65,7 @@ def test_a_mix_has_the_sketch_of_its_change():
         mixed = mix(
             [(adapter(weights, kind, 1), 0.7), (adapter(weights, kind, 2), -0.4), (adapter(weights, kind, 3), 1)]
         )
-        terms = ((term, decompose(weights[name], kind), weights[name])
-                 for name, (term,) in mixed.layers.items())  # fmt: skip
+        terms = ((term, decompose(weights[name], kind)) for name, (term,) in mixed.layers.items())
         assert spectrum_error(terms) < 1e-5
 
 

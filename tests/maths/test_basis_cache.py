@@ -3,6 +3,9 @@
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
+import threading
 import time
 from functools import partial
 
@@ -22,6 +25,13 @@ class Model:
 def some_weights(count=4, shape=(6, 9), seed=0):
     g = torch.Generator().manual_seed(seed)
     return {f"layer{i}": torch.randn(shape, generator=g) for i in range(count)}
+
+
+def filled(cache, weights, decomposition="lq", **options):
+    """All bases, and on disk what goes there."""
+    found = dict(cache.bases(weights, decomposition, **options))
+    cache.flush()
+    return found
 
 
 def same(a, b):
@@ -66,7 +76,7 @@ def hashed(monkeypatch):
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
 def test_what_comes_back_is_what_was_computed(tmp_path, computed, decomposition, shape):
     weights = some_weights(shape=shape)
-    first = dict(BasisCache(folder=tmp_path).bases(weights, decomposition))
+    first = filled(BasisCache(folder=tmp_path), weights, decomposition)
     assert len(computed) == 4 and all(near(first[n], decompose(w, decomposition)) for n, w in weights.items())
     told = []
     again = BasisCache(folder=tmp_path)
@@ -135,7 +145,7 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first(computed):
 @pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "flipped", "zeros", "of another weight", "a folder"])
 def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
     weights = some_weights(1, (16, 24))
-    list(BasisCache(folder=tmp_path).bases(weights, "lq"))
+    filled(BasisCache(folder=tmp_path), weights)
     (file,) = tmp_path.glob(f"*{SUFFIX}")
     good = file.read_bytes()
     if damage == "a folder":
@@ -143,7 +153,7 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         file.mkdir()
     elif damage == "of another weight":
         other = tmp_path / "other"
-        list(BasisCache(folder=other).bases(some_weights(1, (24, 32)), "lq"))
+        filled(BasisCache(folder=other), some_weights(1, (24, 32)))
         os.replace(next(other.iterdir()), file)
     else:
         middle = len(good) // 2
@@ -154,7 +164,7 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
             "flipped": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
             "zeros": good[:middle] + bytes(len(good) - middle),
         }[damage])  # fmt: skip
-    found = dict(BasisCache(folder=tmp_path).bases(weights, "lq"))
+    found = filled(BasisCache(folder=tmp_path), weights)
     assert len(computed) == (2 if damage != "of another weight" else 3)
     assert same(found["layer0"], decompose(weights["layer0"], "lq").kept())
     if damage != "a folder":
@@ -162,7 +172,7 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
 
 
 def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, monkeypatch):
-    list(BasisCache(folder=tmp_path).bases(some_weights(1), "lq"))
+    filled(BasisCache(folder=tmp_path), some_weights(1))
     (file,) = tmp_path.glob(f"*{SUFFIX}")
     read = partial(BasisFolder(tmp_path, 1 << 20).get, (file.name.split(".")[0], "lq"), torch.Size((6, 9)))
     assert read() is not None
@@ -178,7 +188,7 @@ def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, mo
 
 def test_memory_that_runs_out_while_a_file_is_read_is_said(tmp_path, monkeypatch):
     weights = some_weights(1)
-    list(BasisCache(folder=tmp_path).bases(weights, "lq"))
+    filled(BasisCache(folder=tmp_path), weights)
 
     def full(*_):
         raise RuntimeError("not enough memory")
@@ -244,7 +254,7 @@ def test_a_folder_that_cannot_be_written_does_not_fail_the_job(tmp_path, monkeyp
         caplog.clear()
         weights = some_weights()
         cache = BasisCache(folder=folder)
-        found = dict(cache.bases(weights, "lq"))
+        found = filled(cache, weights)
         assert all(near(found[name], decompose(w, "lq")) for name, w in weights.items())
         assert len(caplog.records) == 1 and str(folder) in caplog.text
         assert not folder.exists() or not any(folder.iterdir())
@@ -284,25 +294,55 @@ def test_other_bounds_hold_at_once(tmp_path, computed):
     weights = some_weights(8)
     one = decompose(weights["layer0"], "lq").kept().nbytes
     cache = BasisCache(folder=tmp_path)
-    list(cache.bases(weights, "lq"))
+    filled(cache, weights)
     whole = size_on_disk(tmp_path)
     assert cache.size == 8 * one and whole > 8 * one
     cache.bound(3 * one, whole // 2)
     assert cache.size == 3 * one and 0 < size_on_disk(tmp_path) <= whole // 2
     cache.bound(0, 0)
     assert cache.size == 0 and size_on_disk(tmp_path) == 0
-    list(cache.bases(weights, "lq"))
+    filled(cache, weights)
     assert cache.size == 0 and size_on_disk(tmp_path) == 0 and len(computed) == 16
     cache.bound(1 << 20, 1 << 20)
-    list(cache.bases(weights, "lq"))
+    filled(cache, weights)
     assert cache.size == 8 * one and size_on_disk(tmp_path) == whole
 
 
 def test_what_is_computed_faster_than_read_stays_off_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(basis_cache, "READ_RATE", 0.0)
     cache = BasisCache(folder=tmp_path)
-    list(cache.bases(some_weights(), "lq"))
+    filled(cache, some_weights())
     assert cache.size > 0 and not any(tmp_path.iterdir())
+
+
+def test_writing_waits_where_too_much_is_left_and_ends_before_the_process_does(tmp_path, monkeypatch):
+    basis, going, written = decompose(some_weights(1)["layer0"], "lq").kept(), threading.Event(), []
+    plain = BasisFolder.put
+
+    def slow(folder, key, basis):
+        going.wait()
+        plain(folder, key, basis)
+        written.append(key[0])
+
+    monkeypatch.setattr(BasisFolder, "put", slow)
+    folder = BasisFolder(tmp_path, 1 << 20)
+    for i in range(3):
+        folder.put_later((f"layer{i}", "lq"), basis, room=3 * basis.nbytes)
+    assert not written
+    threading.Timer(0.2, going.set).start()
+    folder.put_later(("layer3", "lq"), basis, room=3 * basis.nbytes)
+    assert written
+    folder.flush()
+    assert sorted(written) == [f"layer{i}" for i in range(4)] and folder.get(("layer3", "lq"), torch.Size((6, 9)))
+
+    code = (
+        "import torch, sys, soda.basis_folder as f, time; from soda import decompose; plain = f._write\n"
+        "f._write = lambda *args: (time.sleep(0.5), plain(*args))\n"
+        "folder = f.BasisFolder(sys.argv[1], 1 << 20)\n"
+        "folder.put_later(('late', 'lq'), decompose(torch.randn(6, 9), 'lq').kept(), 1 << 20)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert folder.get(("late", "lq"), torch.Size((6, 9))) is not None
 
 
 def test_a_sample_sees_every_part_of_a_weight():

@@ -16,7 +16,9 @@ from soda.decomposition import (
     decompose,
     kept_bytes,
     spectral_change,
+    spectral_sketch,
 )
+from soda.fingerprint import sketch
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 24))
 SEEDS = st.integers(0, 2**31)
@@ -259,6 +261,19 @@ def test_a_zero_weight_takes_no_delta(decomposition, shape):
     basis = decompose(w, decomposition)
     assert not basis.live.any() and torch.isfinite(basis.spectrum).all()
     assert not spectral_change(basis, torch.ones(min(shape)), w).any()
+
+
+@given(SHAPES, SEEDS, st.integers(0, 24), st.sampled_from(SPECTRAL))
+def test_the_sketch_of_a_change_needs_no_change(shape, seed, lost, decomposition):
+    """Also of weights without full rank, where some of delta does not count."""
+    w = normal(*shape, seed=seed)
+    w[: min(lost, len(w) - 1)] = 0
+    delta = normal(min(shape), seed=seed + 1)
+    basis = decompose(w, decomposition, torch.float64)
+    expected = sketch(spectral_change(basis, delta, w))
+    assert torch.allclose(spectral_sketch(basis, delta), expected, rtol=1e-5, atol=1e-5)
+    kept = spectral_sketch(basis.kept(), delta)
+    assert torch.allclose(kept, expected, rtol=1e-4, atol=1e-4 * (1 + expected.abs().max()))
 
 
 @pytest.mark.parametrize("decomposition", SPECTRAL)

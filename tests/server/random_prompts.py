@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 
 from runner.server import Server
 from soda.adapter import DECOMPOSITIONS, Adapter, Decomposition, Layer
-from soda.decomposition import decompose
+from soda.decomposition import decompose, spectral_sketch
 from soda.file import save
-from soda.fit import sketches
 from soda.kronecker import factor_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,8 +102,7 @@ def random_adapter(weights: dict[str, torch.Tensor], decomposition: Decompositio
         basis = decompose(weight, decomposition)
         if basis is not None:
             delta = normal(min(weight.shape), 0.1) * basis.spectrum.abs()  # small beside it: svd's stays above -sigma
-            layer = replace(layer, delta=delta, sketch=torch.zeros(8, 8))
-            layer = replace(layer, sketch=sketches(layer, basis, weight)[0])
+            layer = replace(layer, delta=delta, sketch=spectral_sketch(basis, delta))
         layers[name] = (layer,)
     return Adapter(layers, {"soda.role": "style"})
 

@@ -112,7 +112,7 @@ def spectrum_errors(parts: Parts, bases: ModelBases) -> list[float | None]:
         for key, layers in unknown.items():
             for term in layers.get(name, ()):
                 if term.decomposition == decomposition and term.delta is not None and term.sketch is not None:
-                    pairs[key].append(sketches(term, basis, bases.weights[name]))
+                    pairs[key].append(sketches(term, basis))
     _ERRORS.update({key: relative_error(found) for key, found in pairs.items()})
     return [_ERRORS[key] for key in keys]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...adapt import Spectrum, changed
 from ...adapter import Adapter, Decomposition, Layer
-from ...bases import decompose_all
+from ...bases import decompose_all, to_keep
 from ...compressed import Compressed
 from ...decomposition import Basis, Key, add_spectral_change
 from ...precision import CPU
@@ -132,8 +132,8 @@ class Fold:
         """From the disk, or computed."""
         basis = CACHE.get(self.keys[place], weight.shape)
         if basis is None:
-            ((_, computed),) = decompose_all({"": weight}, place[1], device=weight.device)
-            basis = computed.kept()
+            ((_, computed),) = decompose_all({"": weight}, place[1], device=weight.device, keep=True)
+            basis = to_keep(computed)
         return basis
 
 

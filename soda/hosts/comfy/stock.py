@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ...adapt import adapt
 from ...adapter import Decomposition, Layer, split_rows
-from ...bases import decompose_all
+from ...bases import decompose_all, to_keep
 from ...basis_cache import sample, weight_hash
 from ...decomposition import Basis, Key, vector_dtype
 from ...errors import SodaMixError
@@ -214,7 +214,7 @@ class _File:
             cached: Key = (_hash(weight, seen), layer.decomposition)
             basis = CACHE.get(cached, weight.shape)
             computed = _computed(weight, layer.decomposition) if basis is None else basis
-            error = 0.0 if again else _error(layer, computed, weight)
+            error = 0.0 if again else _error(layer, computed)
             if error > REFUSED_ERROR:
                 self.tell(f"where its spectrum would be off by about {error:.0%} ({key}), likely behind another patch")
                 self.unfit.add(seen)
@@ -249,16 +249,16 @@ def _hash(weight: Tensor, seen: str) -> str:
 
 def _computed(weight: Tensor, decomposition: Decomposition) -> Basis:
     """The basis of a weight (out, in) in its kept form, on the CPU."""
-    ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device)
-    return basis.kept()
+    ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device, keep=True)
+    return to_keep(basis)
 
 
-def _error(layer: Layer, basis: Basis, weight: Tensor) -> float:
+def _error(layer: Layer, basis: Basis) -> float:
     """How far the spectrum is off from what it did in training; 0 where the file has no sketch of that."""
     if layer.delta is None or layer.sketch is None:
         return 0.0
     host = Layer(layer.decomposition, layer.delta.to(CPU), (), layer.sketch.to(CPU))
-    return spectrum_error([(host, basis, weight.to(CPU))]) or 0.0
+    return spectrum_error([(host, basis)]) or 0.0
 
 
 def _keep(place: tuple[str, torch.Size], key: Key, basis: Basis, to_disk: bool) -> None:
