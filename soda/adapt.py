@@ -61,12 +61,14 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
     return changed(weight, spectra, rotations({"": terms}, 1.0, weight.device, dtype)[""])
 
 
-def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations) -> Tensor:
-    """The weight `(out, in)` with these spectra and rotations, fp32 (fp64 for an fp64 weight)."""
+def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations, inplace: bool = False) -> Tensor:
+    """The weight `(out, in)` with these spectra and rotations, fp32 (fp64 for an fp64 weight); `inplace`: what was in
+    `weight` may be lost."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.to(dtype)
-    svd = any(spectrum.decomposition == "svd" for spectrum in spectra)  # D follows from w
-    total = w.clone() if svd or (spectra and w is weight) else w
+    mine = inplace or w is not weight
+    several = len(spectra) > 1 and any(spectrum.decomposition == "svd" for spectrum in spectra)  # D follows from w
+    total = w.clone() if several or (spectra and not mine) else w
     for spectrum in spectra:
         add_spectral_change(total, *spectrum, w)
     return turns.turned(total)

@@ -31,7 +31,8 @@ from .precision import CPU
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
 DISK_BYTES = 8 << 30
 READ_RATE = 2e9  # bytes of bases a second
-HASH_THREADS = min(8, os.cpu_count() or 1)  # hashing and reading let other threads run
+THREADS = min(16, os.cpu_count() or 1)  # hashing and reading let other threads run
+AT_ONCE = 4 * THREADS
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -108,9 +109,9 @@ class BasisCache:
                 yield name, basis
         if self._folder is None or not absent:
             return
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            for start in range(0, len(absent), HASH_THREADS):
-                some = absent[start : start + HASH_THREADS]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(absent), AT_ONCE):
+                some = absent[start : start + AT_ONCE]
                 for name, basis in zip(
                     some, pool.map(lambda n: self.get(keys[n], weights[n].shape), some), strict=True
                 ):
@@ -130,7 +131,7 @@ class BasisCache:
         found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
         new = [name for name in weights if name not in found]
         if new:
-            with ThreadPoolExecutor(HASH_THREADS) as pool:
+            with ThreadPoolExecutor(THREADS) as pool:
                 found.update(zip(new, pool.map(lambda name: weight_hash(weights[name]), new), strict=True))
         if owner is not None:
             for name in new:

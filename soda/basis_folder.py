@@ -1,31 +1,33 @@
-"""A folder of bases, one safetensors file each, bounded in bytes, shared by any number of processes.
+"""A folder of bases, one file each, bounded in bytes, shared by any number of processes.
 
-A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. A file that cannot be read,
-whose numbers do not add up, or whose shapes are not those of the weight is as good as none. What cannot be written is
-not kept: the log says so once, and the work goes on.
+A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. It holds a checksum and then the
+tensors of `kept_form`, one after the other: the key says all else. A file that cannot be read, is longer or shorter, or
+whose numbers do not add up is as good as none. What cannot be written is not kept: the log says so once, and the work
+goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .decomposition import Basis, Key
+from .decomposition import Basis, Key, kept_bytes, kept_form
 
-SUFFIX = ".basis3.safetensors"  # 1 had all vectors in fp32, 2 no probes
+SUFFIX = ".basis"
+CHECKSUM = 8  # bytes
 WRITERS = 4
 ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
 log = logging.getLogger(__name__)
@@ -61,29 +63,25 @@ class BasisFolder:
         """The basis of a weight of this shape, or None."""
         file = self._file(key)
         try:
-            with _mapped(file) as stored:
-                tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+            checksum, basis = _read(file, key, shape)
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
-            basis, checksum = Basis.of(key[1], tensors), tensors["checksum"]
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except OSError:
             return None
-        return basis if basis.fits(shape) and torch.equal(checksum, _checksum(basis)) else None
+        return basis if checksum == _checksum(key, basis) else None
 
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
-        if not self._writable or basis.nbytes > self.limit:
-            return
-        data = to_bytes({**basis.tensors(), "checksum": _checksum(basis)})
-        if len(data) > self.limit:
+        size = CHECKSUM + basis.nbytes
+        if not self._writable or size > self.limit:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self._lock:
-                if len(data) > self._unscanned:
-                    self._make_room(len(data))
-                self._unscanned -= len(data)
-            _write(self._file(key), data)
+                if size > self._unscanned:
+                    self._make_room(size)
+                self._unscanned -= size
+            _write(self._file(key), [_checksum(key, basis), *(_bytes(tensor).data for tensor in basis.tensors().values())])
         except OSError as error:
             with self._lock:
                 told, self._writable = not self._writable, False
@@ -142,20 +140,35 @@ class BasisFolder:
                     file.unlink()
 
 
-def _mapped(file: Path) -> safe_open:
-    """The file opened, mapped by torch, so that one copy is all. Raises OSError or SafetensorError."""
-    try:
-        return safe_open(file, "pt")
-    except RuntimeError as error:  # torch's own, of a file that went between two looks at it
-        raise OSError(f"{file}: {error}") from error
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _write(file: Path, data: bytes) -> None:
+@torch.inference_mode(False)
+def _read(file: Path, key: Key, shape: torch.Size) -> tuple[bytes, Basis]:
+    """(checksum, basis) that a file holds, straight into memory of its own: to map and copy it takes twice as long.
+
+    Raises OSError where the file is longer or shorter.
+    """
+    with open(file, "rb", buffering=0) as stored:
+        if os.fstat(stored.fileno()).st_size != CHECKSUM + kept_bytes(shape, key[1]):
+            raise OSError(f"{file} has not the size of a basis of {tuple(shape)}")
+        checksum = stored.read(CHECKSUM)
+        tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kept_form(shape, key[1]).items()}
+        for tensor in tensors.values():
+            if stored.readinto(_bytes(tensor).data) != tensor.nbytes:
+                raise OSError(f"{file} became shorter")
+    return checksum, Basis.of(key[1], tensors)
+
+
+def _write(file: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Without fsync: after a power cut the checksum tells."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=f"{SUFFIX}.part")
     try:
-        with os.fdopen(handle, "wb") as part:
-            part.write(data)
+        with os.fdopen(handle, "wb") as stored:
+            for part in parts:
+                stored.write(part)
         os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -163,12 +176,12 @@ def _write(file: Path, data: bytes) -> None:
         raise
 
 
-def _checksum(basis: Basis) -> Tensor:
-    """The sums of the numbers' bits as 64-bit words modulo 2^64, the last bytes alone: any bit flipped, and any page
-    lost, changes one. A pass at memory speed."""
-    sums = []
-    for _, tensor in sorted(basis.tensors().items()):
-        bits = tensor.contiguous().reshape(-1).view(torch.uint8)
-        words = bits.numel() // 8 * 8
-        sums += [bits[:words].view(torch.int64).sum(), bits[words:].sum(dtype=torch.int64)]
-    return torch.stack(sums)
+def _checksum(key: Key, basis: Basis) -> bytes:
+    """The sum modulo 2^64 of the tensors' 64-bit words, their last bytes alone, and a number of the key's own, so that a
+    file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
+    total = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
+    for tensor in basis.tensors().values():
+        numbers = _bytes(tensor)
+        words = len(numbers) // 8 * 8
+        total += int(numbers[:words].view(np.uint64).sum()) + int(numbers[words:].sum())
+    return (total % (1 << 8 * CHECKSUM)).to_bytes(CHECKSUM, "little")

@@ -29,6 +29,7 @@ svd kept in fp16 would have 5e-3 (Gaussian) to 0.12 (a spectrum that falls to 1e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -69,8 +70,8 @@ class Basis:
         return cls(decomposition, left, right, tensors["spectrum"], tensors["live"], probes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
-        named = {name: getattr(self, name) for name in ("left", "right", "spectrum", "live", "probes")}
+        """The tensors that are there, by name, as `kept_form` orders them."""
+        named = {name: getattr(self, name) for name in ("spectrum", "probes", "left", "right", "live")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -86,16 +87,8 @@ class Basis:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it has the tensors of a kept basis of one weight `(out, in)`."""
-        (out, inner), k = shape, min(shape)
-        left = self.decomposition == "qr" or (self.decomposition == "svd" and out <= inner)
-        side, vectors = ("left", (out, k)) if left else ("right", (k, inner))
-        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            side: (vectors, vector_dtype(self.decomposition)),
-            "spectrum": ((k,), torch.float32),
-            "live": ((k,), torch.bool),
-            "probes": ((k, 2 * SKETCH_SIZE), torch.float32),
-        }
-        return {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()} == forms
+        form = kept_form(shape, self.decomposition)
+        return [(n, tuple(t.shape), t.dtype) for n, t in self.tensors().items()] == [(n, *f) for n, f in form.items()]
 
 
 def vector_dtype(decomposition: Decomposition) -> torch.dtype:
@@ -103,11 +96,21 @@ def vector_dtype(decomposition: Decomposition) -> torch.dtype:
     return torch.float32 if decomposition == "svd" else torch.float16
 
 
+def kept_form(shape: Sequence[int], decomposition: Decomposition) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the kept basis of one weight `(out, in)`, by name, those of wider numbers first."""
+    (out, inner), k = shape, min(shape)
+    left = decomposition == "qr" or (decomposition == "svd" and out <= inner)
+    return {
+        "spectrum": ((k,), torch.float32),
+        "probes": ((k, 2 * SKETCH_SIZE), torch.float32),
+        "left" if left else "right": ((out, k) if left else (k, inner), vector_dtype(decomposition)),
+        "live": ((k,), torch.bool),
+    }
+
+
 def kept_bytes(shape: Sequence[int], decomposition: Decomposition) -> int:
     """Bytes of the kept basis of one weight `(out, in)`."""
-    k = min(shape)
-    sides = {"lq": shape[1], "qr": shape[0], "svd": k}
-    return k * (sides[decomposition] * vector_dtype(decomposition).itemsize + 8 * SKETCH_SIZE + 5)
+    return sum(math.prod(part) * dtype.itemsize for part, dtype in kept_form(shape, decomposition).values())
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ MAX_FACTORS = 5
 DENSE_DIMENSION_CPU = 160
 DENSE_DIMENSION = 256
 BATCHED_COLUMNS = 16  # from here on a CPU's batched products of small matrices outrun one product and two copies
+BATCHED_ROWS = 128  # up to here those of a GPU do
 
 
 @lru_cache(maxsize=1024)
@@ -125,7 +126,7 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     a, b = (part.shape[-1] for part in parts)
     first, second = (part.to(x.dtype) for part in parts)
     turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
-    if x.device.type == "cpu" and x.dim() == 2 and b >= BATCHED_COLUMNS:
+    if x.dim() == 2 and (b >= BATCHED_COLUMNS if x.device.type == "cpu" else a <= BATCHED_ROWS):
         return (first.unsqueeze(-3) @ turned).reshape(x.shape)  # without moving a number
     turned = turned.mT.reshape(*x.shape[:-2], -1, a) @ first.mT
     return turned.reshape(*x.shape[:-1], b, a).mT.reshape(x.shape)

@@ -142,7 +142,7 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first(computed):
     assert len(dict(tiny.bases(weights, "lq"))) == 4 and tiny.size == 0
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "flipped", "zeros", "of another weight", "a folder"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "longer", "noise", "flipped", "half zeros", "zeros", "of another weight", "a folder"])
 def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
     weights = some_weights(1, (16, 24))
     filled(BasisCache(folder=tmp_path), weights)
@@ -153,16 +153,18 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         file.mkdir()
     elif damage == "of another weight":
         other = tmp_path / "other"
-        filled(BasisCache(folder=other), some_weights(1, (24, 32)))
-        os.replace(next(other.iterdir()), file)
+        filled(BasisCache(folder=other), some_weights(1, (16, 24), seed=1))
+        os.replace(next(other.glob(f"*{SUFFIX}")), file)
     else:
         middle = len(good) // 2
         file.write_bytes({
             "truncated": good[:middle],
             "empty": b"",
-            "noise": bytes(range(256)) * 8,
+            "longer": good + b"x",
+            "noise": (bytes(range(256)) * len(good))[: len(good)],
             "flipped": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
-            "zeros": good[:middle] + bytes(len(good) - middle),
+            "half zeros": good[:middle] + bytes(len(good) - middle),
+            "zeros": bytes(len(good)),
         }[damage])  # fmt: skip
     found = filled(BasisCache(folder=tmp_path), weights)
     assert len(computed) == (2 if damage != "of another weight" else 3)
@@ -176,26 +178,23 @@ def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, mo
     (file,) = tmp_path.glob(f"*{SUFFIX}")
     read = partial(BasisFolder(tmp_path, 1 << 20).get, (file.name.split(".")[0], "lq"), torch.Size((6, 9)))
     assert read() is not None
-    mapped = torch.UntypedStorage.from_file
-
-    def vanishing(*args, **kwargs):
-        file.unlink()
-        return mapped(*args, **kwargs)
-
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", vanishing)
-    assert read() is None and not file.exists()
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", lambda path: path.unlink() or utime(path))
+    assert read() is not None and not file.exists()
+    assert read() is None
 
 
 def test_memory_that_runs_out_while_a_file_is_read_is_said(tmp_path, monkeypatch):
     weights = some_weights(1)
     filled(BasisCache(folder=tmp_path), weights)
 
-    def full(*_):
+    def full(*_, **__):
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(torch.Tensor, "clone", full)
+    folder, key = BasisFolder(tmp_path, 1 << 20), (weight_hash(weights["layer0"]), "lq")
+    monkeypatch.setattr(basis_folder.torch, "empty", full)
     with pytest.raises(RuntimeError, match="not enough memory"):
-        BasisFolder(tmp_path, 1 << 20).get((weight_hash(weights["layer0"]), "lq"), torch.Size((6, 9)))
+        folder.get(key, torch.Size((6, 9)))
 
 
 def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
@@ -204,7 +203,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
     folder = BasisFolder(tmp_path, 1)
     folder.put(("layer0", "lq"), bases["layer0"])
     assert not any(tmp_path.iterdir())
-    one = len(basis_folder.to_bytes({**bases["layer0"].tensors(), "checksum": torch.zeros(3, dtype=torch.int64)}))
+    one = basis_folder.CHECKSUM + bases["layer0"].nbytes
     folder = BasisFolder(tmp_path, 10 * one)
     for age, name in enumerate(weights):
         folder.put((name, "lq"), bases[name])
@@ -219,7 +218,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
 
 def test_two_writers_together_keep_the_bound(tmp_path):
     basis = decompose(some_weights(1)["layer0"], "lq").kept()
-    one = len(basis_folder.to_bytes({**basis.tensors(), "checksum": torch.zeros(3, dtype=torch.int64)}))
+    one = basis_folder.CHECKSUM + basis.nbytes
     writers = [BasisFolder(tmp_path, 20 * one) for _ in range(2)]
     for i in range(60):
         writers[i % 2].put((f"layer{i}", "lq"), basis)
@@ -266,7 +265,7 @@ def _fill(folder, seed, rounds):
     torch.set_num_threads(1)
     weights = some_weights(12, (20, 20))
     exact = {name: decompose(w, "lq").kept() for name, w in weights.items()}
-    one = exact["layer0"].nbytes + 400
+    one = exact["layer0"].nbytes + basis_folder.CHECKSUM
     g = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
         cache = BasisCache(memory=0, folder=folder, disk=6 * one)

@@ -64,12 +64,13 @@ class Fold:
         return cls(replace(mix, layers=live), found, {place: bases.key(*place) for place in needed})
 
     def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
-        """The weight (out, in) of one layer adapted, fp32; `repeated`: it is asked for in every forward."""
+        """The `weight` (out, in) of one layer adapted, fp32, perhaps in its memory; `repeated`: it is asked for in
+        every forward."""
         deltas, turns = self._ready_for(name, strength, weight.device)
         again = name in self._met
         self._met.add(name)
         if not repeated or all(delta is None for delta in deltas):
-            return changed(weight, self._spectra(name, deltas, weight, again), turns)
+            return changed(weight, self._spectra(name, deltas, weight, again), turns, inplace=True)
         total = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self._change(name, weight, again).add_to(total, strength)
         return turns.turned(total)

@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...adapter import Adapter
-from ...basis_cache import HASH_THREADS
+from ...basis_cache import THREADS
 from ...fingerprint import tensor_hash
 from .base import layer_weight, unpatched
 from .bypass import installed
@@ -34,7 +34,7 @@ def layer_hashes(patcher: ModelPatcher, layers: Mapping[str, str]) -> dict[str, 
     """Layer name -> hash of its unpatched weight; computed once while the model is in memory."""
     known = _weights.setdefault(patcher.model, {})
     new = [layer for layer in layers if layer not in known]
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         known.update(zip(new, pool.map(lambda layer: tensor_hash(layer_weight(patcher, layer)), new), strict=True))
     return {layer: known[layer] for layer in layers}
 

@@ -53,7 +53,7 @@ class SodaWeightAdapter(WeightAdapterBase):
         self, weight, key, strength, strength_model, offset, function, intermediate_dtype=torch.float32,
         original_weight=None,
     ):  # fmt: skip
-        """Write the adapted weight into `weight`, (out, in) or (out, in, 1, 1), any dtype, and return it; fp32
+        """The adapted weight of a `weight` (out, in) or (out, in, 1, 1), any dtype, whose numbers may be lost; fp32
         arithmetic."""
         if strength == 0.0:
             return weight
@@ -61,8 +61,9 @@ class SodaWeightAdapter(WeightAdapterBase):
         # Core merges with fp32 between patches, and patches what it is about to use with the weight's own dtype.
         repeated = intermediate_dtype == weight.dtype != torch.float32
         adapted = fold.adapted(layer, weight.reshape(matrix_shape(weight.shape)), strength, repeated)
+        adapted = adapted.reshape(weight.shape)
         # With an offset core drops the returned tensor and keeps its own, hence in place.
-        return weight.copy_(adapted.reshape(weight.shape))
+        return adapted if offset is None and adapted.dtype == weight.dtype else weight.copy_(adapted)
 
 
 def attached(patcher: ModelPatcher) -> Parts:

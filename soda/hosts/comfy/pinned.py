@@ -13,7 +13,7 @@ import torch
 from comfy.model_management import cast_to_device, is_device_cpu, is_device_cuda, pin_memory, unpin_memory
 from torch import Tensor
 
-SENT = "_soda_sent"
+TIMES = "_soda_times"  # that it was sent: 0, 1, or more
 SMALL = 1 << 16  # bytes; pinning is by whole pages, which small tensors share
 
 
@@ -21,7 +21,8 @@ def on_device(held: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, in its dtype; pinned where it lies, as far as ComfyUI's own bound allows, until nobody
     holds it."""
     if is_device_cpu(held.device) and is_device_cuda(device) and held.nbytes > SMALL:
-        if hasattr(held, SENT) and pin_memory(held):
+        times = getattr(held, TIMES, 0)
+        if times == 1 and pin_memory(held):
             weakref.finalize(held, unpin_memory, held.detach()).atexit = False
-        setattr(held, SENT, True)
+        setattr(held, TIMES, min(times + 1, 2))  # what cannot be pinned now is not tried again: ComfyUI warns each time
     return cast_to_device(held, device, held.dtype)
