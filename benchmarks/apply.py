@@ -3,7 +3,7 @@
 ComfyUI's own classes at real size with random fp16 weights; each side in a process of its own. From nodes' work to the
 last weight patched, in seconds, the median where there are several:
 
-    first      nothing known: file read, decomposition
+    first      nothing known: file read, decomposition; bases go to the disk behind it, for which it does not wait
     memory     a model loaded anew, bases in memory
     disk       the same, bases on disk only
     strength   another strength of what is applied
@@ -258,20 +258,40 @@ def low_vram_step(case: Case, patched: Any) -> float:
     return statistics.median(times[3:])
 
 
-def compare_steps(case: Case) -> None:
-    """`step` of all sides on one model in turn: it hangs on the host's memory, which differs from minute to minute."""
+def in_turn(case: Case) -> None:
+    """`strength` and `step` of all sides on one model in turn: both hang on the host's memory, which differs from minute
+    to minute."""
+    import comfy.model_management
+
     model = case.patcher()
     sides: dict[str, Any] = {t: (Core if k == "lora" else Soda)(case.files(k, 1)) for t, k in SIDES.items()}
-    patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
 
-    times: dict[str, list[float]] = {title: [] for title in patched}
+    def strength(side: Any, number: float) -> float:
+        def run() -> None:
+            comfy.model_management.load_models_gpu([side.apply(model, [number])], force_full_load=True)
+
+        return seconds(case.device, run)
+
+    strengths: dict[str, list[float]] = {title: [] for title in sides}
+    for i in range(3 + ROUNDS):
+        for title, side in sides.items():
+            strengths[title].append(strength(side, 0.5 + 0.1 * i))
+    print_ratios("strength", {title: measured[3:] for title, measured in strengths.items()})
+
+    patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
+    steps: dict[str, list[float]] = {title: [] for title in patched}
     for _ in range(ROUNDS):
         for title, one in patched.items():
-            times[title].append(low_vram_step(case, one))
+            steps[title].append(low_vram_step(case, one))
+    print_ratios("step", steps)
+
+
+def print_ratios(what: str, times: dict[str, list[float]]) -> None:
     core = times["core LoRA r32"]
     for title, measured in times.items():
         ratio = statistics.median(own / lora for own, lora in zip(measured, core, strict=True))
-        print(f"{title:15}{statistics.median(measured):8.3f} s{ratio:6.2f}x", *(f"{t:.3f}" for t in measured))
+        median = statistics.median(measured)
+        print(f"{what:10}{title:15}{median:8.3f} s{ratio:6.2f}x", *(f"{t:.3f}" for t in measured), flush=True)
 
 
 def dynamic_vram() -> None:
@@ -299,12 +319,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
-    parser.add_argument("--steps", action="store_true", help="`step` alone, all sides in turn in this process")
+    parser.add_argument("--turns", action="store_true", help="`strength` and `step`, all sides in turn in this process")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     device = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
-    if arguments.side or arguments.steps:
+    if arguments.side or arguments.turns:
         dynamic_vram() if arguments.dynamic else load_pack()
         from comfy.cli_args import args
 
@@ -313,7 +333,7 @@ def main() -> None:
             args.base_directory = folder
             with torch.inference_mode():  # as ComfyUI runs nodes
                 case = Case(device, arguments.small, Path(folder))
-                print(json.dumps(measure(arguments.side, case))) if arguments.side else compare_steps(case)
+                print(json.dumps(measure(arguments.side, case))) if arguments.side else in_turn(case)
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")

@@ -81,7 +81,8 @@ class BasisFolder:
                 if size > self._unscanned:
                     self._make_room(size)
                 self._unscanned -= size
-            _write(self._file(key), [_checksum(key, basis), *(_bytes(tensor).data for tensor in basis.tensors().values())])
+            parts = [_bytes(tensor).data for tensor in basis.tensors().values()]
+            _write(self._file(key), [_checksum(key, basis), *parts])
         except OSError as error:
             with self._lock:
                 told, self._writable = not self._writable, False
@@ -177,8 +178,8 @@ def _write(file: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def _checksum(key: Key, basis: Basis) -> bytes:
-    """The sum modulo 2^64 of the tensors' 64-bit words, their last bytes alone, and a number of the key's own, so that a
-    file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
+    """The sum modulo 2^64 of the tensors' 64-bit words, their last bytes alone, and a number of the key's own, so that
+    a file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
     total = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
     for tensor in basis.tensors().values():
         numbers = _bytes(tensor)

@@ -33,6 +33,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,8 @@ def kept_form(shape: Sequence[int], decomposition: Decomposition) -> dict[str, t
     }
 
 
-def kept_bytes(shape: Sequence[int], decomposition: Decomposition) -> int:
+@lru_cache(maxsize=1 << 10)
+def kept_bytes(shape: tuple[int, ...], decomposition: Decomposition) -> int:
     """Bytes of the kept basis of one weight `(out, in)`."""
     return sum(math.prod(part) * dtype.itemsize for part, dtype in kept_form(shape, decomposition).values())
 

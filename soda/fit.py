@@ -35,8 +35,8 @@ def misfit(terms: Sequence[Layer], shape: Sequence[int]) -> str | None:
 
 
 def spectrum_error(terms: Iterable[tuple[Layer, Basis]]) -> float | None:
-    """Estimated ||D here - D trained|| / ||D trained|| over terms with a sketch, each given with the basis of the weight
-    at hand; None when no term has a sketch. Good to some +-40 %, better for many."""
+    """Estimated ||D here - D trained|| / ||D trained|| over terms with a sketch, each given with the basis of the
+    weight at hand; None when no term has a sketch. Good to some +-40 %, better for many."""
     return relative_error(
         sketches(term, basis) for term, basis in terms if term.delta is not None and term.sketch is not None
     )

@@ -142,7 +142,10 @@ def test_memory_is_bounded_and_the_least_recently_used_goes_first(computed):
     assert len(dict(tiny.bases(weights, "lq"))) == 4 and tiny.size == 0
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "longer", "noise", "flipped", "half zeros", "zeros", "of another weight", "a folder"])
+DAMAGES = ["truncated", "empty", "longer", "noise", "flipped", "half zeros", "zeros", "of another weight", "a folder"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
     weights = some_weights(1, (16, 24))
     filled(BasisCache(folder=tmp_path), weights)

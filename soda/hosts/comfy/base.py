@@ -87,7 +87,11 @@ def layer_weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
 def layer_shape(patcher: ModelPatcher, layer: str) -> tuple[int, ...]:
     """(out, in) of one adapter layer, without touching its weight."""
     key, rows = split_name(layer)
-    shape = matrix_shape(get_key_weight(patcher.model, key)[0].shape)
+    return part_shape(matrix_shape(get_key_weight(patcher.model, key)[0].shape), rows)
+
+
+def part_shape(shape: tuple[int, ...], rows: tuple[int, int] | None) -> tuple[int, ...]:
+    """That of rows a to b of a matrix, None for all."""
     return shape if rows is None else (rows[1] - rows[0], *shape[1:])
 
 
@@ -129,15 +133,21 @@ class TrainableWeights(UnpatchedWeights):
 
 
 class ModelBases:
-    """The bases that some layers of a model need: those of the unpatched weights, as kept, on the CPU."""
+    """The bases that some layers of a model need: those of the unpatched weights, as kept, on the CPU.
 
-    def __init__(self, patcher: ModelPatcher, wanted: Iterable[tuple[str, Decomposition]]):
+    shapes: those of the model's parameters, as matrices.
+    """
+
+    def __init__(
+        self, patcher: ModelPatcher, wanted: Iterable[tuple[str, Decomposition]], shapes: Mapping[str, tuple[int, ...]]
+    ):
         self._cache = bounded_cache()
         self._device = patcher.load_device
         wanted = set(wanted)
         self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
         self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
-        self.bytes = sum(kept_bytes(layer_shape(patcher, layer), kind) for layer, kind in wanted)
+        places = ((split_name(layer), kind) for layer, kind in wanted)
+        self.bytes = sum(kept_bytes(part_shape(shapes[key], rows), kind) for (key, rows), kind in places)
 
     @property
     def kept(self) -> bool:

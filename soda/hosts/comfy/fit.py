@@ -16,7 +16,7 @@ from ...adapter import Adapter, Layer
 from ...errors import SodaMixError
 from ...fingerprint import joint_hash, relative_error, tensor_hash
 from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, sketches
-from .base import ModelBases, matrix_shape, split_name
+from .base import ModelBases, matrix_shape, part_shape, split_name
 
 REMEMBERED = 1000
 Parts = Sequence[tuple[Adapter, Mapping[str, tuple[Layer, ...]]]]  # an adapter, and its layers that have a place
@@ -69,7 +69,7 @@ def matching(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> Matching
         if shape is None or (rows is not None and rows[1] > shape[0]):
             result.absent.append(name)
             continue
-        reason = misfit(terms, shape if rows is None else (rows[1] - rows[0], *shape[1:]))
+        reason = misfit(terms, part_shape(shape, rows))
         if reason is None:
             result.fitting[name] = terms
         else:

@@ -115,7 +115,7 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
         for term in terms
         if term.delta is not None
     }
-    bases = ModelBases(patcher, wanted)
+    bases = ModelBases(patcher, wanted, known)
     errors = spectrum_errors([(adapter, layers) for adapter, layers, _ in fitting], bases)
     checked = [
         (_with_layers(adapter, fit_to_apply(adapter, layers, error, report)), weight)
