@@ -259,8 +259,8 @@ def low_vram_step(case: Case, patched: Any) -> float:
 
 
 def in_turn(case: Case) -> None:
-    """`strength` and `step` of all sides on one model in turn: both hang on the host's memory, which differs from minute
-    to minute."""
+    """`strength` and `step` of all sides on one model in turn: both hang on the host's memory, which differs from
+    minute to minute."""
     import comfy.model_management
 
     model = case.patcher()

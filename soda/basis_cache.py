@@ -16,7 +16,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -84,19 +84,15 @@ class BasisCache:
             done += 1
             tell(done, len(weights))
             yield name, basis
-        start_time = time.perf_counter()
-        for batch in decompose_batches(Some(weights, missing), decomposition, device=device, working_set=working_set):
-            kept = {name: to_keep(basis) for name, basis in batch.items()}
-            taken = time.perf_counter() - start_time
-            if self._folder is not None and taken * READ_RATE > sum(basis.nbytes for basis in kept.values()):
-                for name, basis in kept.items():
+        for batch, worth_reading in _computed(Some(weights, missing), decomposition, device, working_set):
+            if self._folder is not None and worth_reading:
+                for name, basis in batch.items():
                     self._folder.put_later(keys[name], basis, room=max(self.memory, working_set))
-            for name, basis in kept.items():
+            for name, basis in batch.items():
                 self._keep(keys[name], basis)
                 done += 1
                 tell(done, len(weights))
                 yield name, basis
-            start_time = time.perf_counter()
 
     def _at_hand(self, keys: Mapping[str, Key], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
@@ -190,6 +186,28 @@ class BasisCache:
     def _remember(self, owner: object, name: str, seen: str, digest: str) -> None:
         place = (id(owner), name)
         self._known[place] = (weakref.ref(owner, lambda _: self._known.pop(place, None)), seen, digest)
+
+
+def _computed(
+    weights: Mapping[str, Tensor], decomposition: Decomposition, device: torch.device, working_set: int
+) -> Iterator[tuple[dict[str, Basis], bool]]:
+    """(bases as kept, whether reading them takes less time than computing them) of one batch after the other; each
+    comes to main memory while the next is computed."""
+
+    def keep(batch: dict[str, Basis], taken: float) -> tuple[dict[str, Basis], bool]:
+        kept = {name: to_keep(basis) for name, basis in batch.items()}
+        return kept, taken * READ_RATE > sum(basis.nbytes for basis in kept.values())
+
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[tuple[dict[str, Basis], bool]] | None = None
+        start = time.perf_counter()
+        for batch in decompose_batches(weights, decomposition, device=device, working_set=working_set):
+            before, coming = coming, pool.submit(keep, batch, time.perf_counter() - start)
+            if before is not None:
+                yield before.result()
+            start = time.perf_counter()
+        if coming is not None:
+            yield coming.result()
 
 
 def weight_hash(weight: Tensor) -> str:

@@ -164,6 +164,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     if not gram.is_cuda or gram.dim() != 3 or len(gram) == 1:
         return torch.linalg.eigh(gram)
     values, vectors = gram.new_empty(gram.shape[:-1]), torch.empty_like(gram)
+    torch.linalg.eigh(gram[0, :1, :1])  # the first call loads the solvers, which two threads at once must not do
     caller = torch.cuda.current_stream(gram.device)
 
     def solve(first: int) -> None:
