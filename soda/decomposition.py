@@ -303,7 +303,8 @@ def add_spectral_change(
 
 
 def spectral_sketch(basis: Basis, delta: Tensor) -> Tensor:
-    """`fingerprint.sketch` of the D of a delta `(k,)`, without D or the weight; `(8, 8)` fp32. All on one device."""
+    """`fingerprint.sketch` of the D of a delta `(..., k)`, without D or the weight; `(..., 8, 8)` fp32. All on one
+    device that has fp64."""
     assert basis.probes is not None
     left, right = basis.probes.double().split(SKETCH_SIZE, -1)
     delta = torch.where(basis.live, delta, 0.0).to(left)

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Decomposition, Layer
-from ..decomposition import spectral_change
 from ..errors import SodaTrainingError
-from ..fingerprint import sketch
 from ..kronecker import MAX_FACTORS, factor_sizes, log_rotation, triangle
 from .layerwise import LayerByLayer
 from .plan import Plan
-from .vectors import Vectors, adapted
+from .vectors import Bases, Vectors, adapted, decomposed
 
 Factors = int | Mapping[int, Sequence[int]]
 
@@ -39,7 +37,7 @@ class ShapeGroup(nn.Module):
 
     def __init__(
         self, weights: Mapping[str, Tensor], names: Sequence[str], decomposition: Decomposition, factors: Factors,
-        dtype: torch.dtype, plan: Plan, text: bool,
+        dtype: torch.dtype, plan: Plan, text: bool, bases: Bases,
     ):  # fmt: skip
         super().__init__()
         self.names, self.decomposition, self.dtype, self.text = list(names), decomposition, dtype, text
@@ -53,7 +51,7 @@ class ShapeGroup(nn.Module):
         self.register_buffer("base", base, persistent=False)
         self.sizes = _sizes(self.shape[0 if decomposition == "qr" else 1], factors)
         self.places: list[tuple[str, slice]] = []
-        self.vectors = Vectors.of(weights, self.names, decomposition, dtype, plan)
+        self.vectors = Vectors.of(weights, self.names, decomposition, dtype, plan, bases)
         self.delta = None if self.vectors is None else nn.Parameter(torch.zeros_like(self.vectors.spectrum))
 
     def held_delta(self) -> Tensor:
@@ -73,10 +71,7 @@ class ShapeGroup(nn.Module):
     def sketches(self) -> list[Tensor]:
         """The sketch of every weight's D."""
         assert self.vectors is not None
-        like = torch.empty(self.shape, device="meta")
-        deltas = self.held_delta().to(self.dtype)
-        bases = (self.vectors.one(i, self.device) for i in range(len(self.names)))
-        return [sketch(spectral_change(basis, delta, like)) for basis, delta in zip(bases, deltas, strict=True)]
+        return list(self.vectors.sketches(self.held_delta()))
 
 
 def _sizes(dimension: int, factors: Factors) -> tuple[int, ...]:
@@ -98,7 +93,7 @@ class SodaParameters(nn.Module):
     are the names of those that are a text encoder's: theirs are made in fp32, in which text encoders compute, and have
     banks and deltas of their own, for a rate of their own. `weights` may load a weight anew at every look; all plans
     but the fast one look whenever they make an adapted weight. The parameters are the same by every plan, so that a
-    run's state goes from one to another.
+    run's state goes from one to another. `bases` finds the bases of weights, where they need not be computed.
     Raises SodaTrainingError if there is nothing to train or the sizes do not fit.
     """
 
@@ -111,6 +106,7 @@ class SodaParameters(nn.Module):
         dtype: torch.dtype = torch.float32,
         plan: Plan = "fast",
         text: Container[str] = (),
+        bases: Bases = decomposed,
     ):
         super().__init__()
         if decomposition == "none" and not rotation:
@@ -126,7 +122,9 @@ class SodaParameters(nn.Module):
                 )
             alike.setdefault((name in text, tuple(weight.shape)), []).append(name)
         groups = nn.ModuleList(
-            ShapeGroup(weights, names, decomposition, factors, torch.float32 if of_text else dtype, plan, of_text)
+            ShapeGroup(
+                weights, names, decomposition, factors, torch.float32 if of_text else dtype, plan, of_text, bases
+            )
             for (of_text, _), names in alike.items()
         )
         self.weights, self.plan = weights, plan

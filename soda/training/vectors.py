@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,19 @@ from torch import Tensor
 
 from ..adapter import Decomposition
 from ..bases import Some, decompose_all
-from ..decomposition import Basis, complete, spectral_change
+from ..decomposition import Basis, complete, spectral_change, spectral_sketch
 from ..kronecker import rotate
+from ..precision import CPU
 from .plan import Plan
 
 Side = Tensor | list[Tensor] | None
+Bases = Callable[[Mapping[str, Tensor], Decomposition], Iterator[tuple[str, Basis]]]
+
+
+def decomposed(weights: Mapping[str, Tensor], decomposition: Decomposition) -> Iterator[tuple[str, Basis]]:
+    """(name, basis) of every weight, computed where the weights lie."""
+    device = next(iter(weights.values())).device
+    return decompose_all(weights, decomposition, device=device, keep=True)
 
 
 def adapted(base: Tensor, basis: Basis | None, delta: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
@@ -37,41 +45,49 @@ def adapted(base: Tensor, basis: Basis | None, delta: Tensor | None, factors: Se
 @dataclass
 class Vectors:
     """Left and right vectors, by the fast plan one stack `(B, ...)`, else one tensor for each weight, with low VRAM in
-    main memory. In the dtype of the adapted weights; spectrum and live `(B, k)` are stacks on the weights' device."""
+    main memory. In the dtype of the adapted weights; spectrum, live `(B, k)` and probes `(B, k, 16)` are stacks on the
+    weights' device."""
 
     decomposition: Decomposition
     left: Side
     right: Side
     spectrum: Tensor
     live: Tensor
+    probes: Tensor
 
     @classmethod
     def of(
         cls, weights: Mapping[str, Tensor], names: Sequence[str], decomposition: Decomposition, dtype: torch.dtype,
-        plan: Plan,
+        plan: Plan, bases: Bases,
     ) -> Vectors | None:  # fmt: skip
-        """Of equal-shaped weights, with both sides for svd: each step needs them. None for `none`."""
+        """Of equal-shaped weights, with both sides for svd: each step needs them. None for `none`.
+
+        `bases` gives (name, basis) of some weights in any order, on any device, as computed or as kept."""
         if decomposition == "none":
             return None
         device = weights[names[0]].device
-        chosen = Some(weights, names)
         sides: dict[str, Side] = {"left": None, "right": None}
-        small: dict[str, list[Tensor]] = {"spectrum": [], "live": []}
-        for i, (name, basis) in enumerate(decompose_all(chosen, decomposition, device=device, keep=True)):
+        small: dict[str, dict[str, Tensor]] = {"spectrum": {}, "live": {}, "probes": {}}
+        for name, basis in bases(Some(weights, names), decomposition):
             whole = complete(_on(basis, device), weights[name].to(dtype))
             for side in sides:
                 vectors = getattr(whole, side)
                 if vectors is not None:
-                    sides[side] = _put(sides[side], i, len(names), vectors.to(dtype), plan)
+                    sides[side] = _put(sides[side], names.index(name), len(names), vectors.to(dtype), plan)
             for part, values in small.items():
-                values.append(getattr(whole, part))
-        spectrum, live = (torch.stack(values) for values in small.values())
-        return cls(decomposition, sides["left"], sides["right"], spectrum, live)
+                values[name] = getattr(whole, part)
+        stacks = {part: torch.stack([values[name] for name in names]) for part, values in small.items()}
+        return cls(decomposition, sides["left"], sides["right"], **stacks)
 
     def all(self) -> Basis:
         """The basis of the stack; by the fast plan."""
         assert not isinstance(self.left, list) and not isinstance(self.right, list)
         return Basis(self.decomposition, self.left, self.right, self.spectrum, self.live)
+
+    def sketches(self, delta: Tensor) -> Tensor:
+        """`(B, 8, 8)`, of the D of a delta `(B, k)`, fp32 on the CPU."""
+        basis = Basis(self.decomposition, None, None, self.spectrum, self.live, self.probes)
+        return spectral_sketch(_on(basis, CPU), delta.to(CPU))
 
     def one(self, i: int, device: torch.device) -> Basis:
         """The basis of weight i on a device."""
@@ -94,4 +110,6 @@ def _put(side: Side, i: int, count: int, vectors: Tensor, plan: Plan) -> Side:
     if plan == "low VRAM":
         kept = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=vectors.is_cuda)
         vectors = kept.copy_(vectors)
-    return [*(side or ()), vectors]
+    held = [vectors] * count if side is None else list(side)
+    held[i] = vectors
+    return held

@@ -14,7 +14,7 @@ import comfy.text_encoders.pixart_t5
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from soda_pack.soda.adapter import Adapter, Layer
-from soda_pack.soda.hosts.comfy.fit import shapes
+from soda_pack.soda.hosts.comfy.base import shapes
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from soda_pack.soda.kronecker import factor_sizes
 

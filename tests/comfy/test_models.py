@@ -19,8 +19,7 @@ from soda_pack.soda.file import load as load_file
 from soda_pack.soda.file import save
 from soda_pack.soda.hosts.comfy import dataset
 from soda_pack.soda.hosts.comfy.attention import projections
-from soda_pack.soda.hosts.comfy.base import split_name
-from soda_pack.soda.hosts.comfy.fit import shapes
+from soda_pack.soda.hosts.comfy.base import shapes, split_name
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.progress import TrainingProgress
 from soda_pack.soda.hosts.comfy.targets import attention_weights

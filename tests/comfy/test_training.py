@@ -161,6 +161,10 @@ def test_cancelling_ends_the_decomposition_too():
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         SodaParameters(weights, "lq", 3)
+    first = next(iter(weights.layers))
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        list(weights.bases([first], "lq"))
 
 
 def test_batches_use_every_sample_before_any_twice():

@@ -24,6 +24,7 @@ from soda_pack.soda.hosts.comfy.fold import FOLDS, Ready
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.targets import attention_weights
 from test_fit import sketched
+from training import run
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,22 @@ def test_a_new_strength_computes_nothing_again(output, counted, decomposition):
     assert same(cold, loaded(again))
     counted["expm"] = before["expm"]
     assert counted == before
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+def test_a_training_finds_and_leaves_the_bases_that_applying_needs(counted, decomposition):
+    model = small_model(seed=22)
+    one, _ = run(model, steps=1, decomposition=decomposition)
+    decomposed, hashed = counted["decomposed"], counted["hashed"]
+    assert decomposed and hashed == 56
+    patched, _, report = apply(model, [(one, 1.0)])
+    assert report.changed == 56 and not report.warnings
+    loaded(patched)
+    two, _ = run(model, steps=1, decomposition=decomposition)
+    assert (counted["decomposed"], counted["hashed"]) == (decomposed, hashed)
+    assert all(
+        torch.equal(a.delta, b.delta) for n in one.layers for a, b in zip(one.layers[n], two.layers[n], strict=True)
+    )
 
 
 @pytest.mark.parametrize("decomposition", ["lq", "none"])

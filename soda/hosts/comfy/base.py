@@ -84,6 +84,14 @@ def layer_weight(patcher: ModelPatcher, layer: str) -> torch.Tensor:
     return weight if rows is None else weight[rows[0] : rows[1]]
 
 
+def shapes(patcher: ModelPatcher) -> dict[str, tuple[int, ...]]:
+    """Key of a parameter -> shape, a 1 x 1 convolution's as a matrix; without moving or copying a weight.
+
+    Not from the state dict, which holds quantised weights as they are packed.
+    """
+    return {key: matrix_shape(weight.shape) for key, weight in patcher.model.named_parameters()}
+
+
 def layer_shape(patcher: ModelPatcher, layer: str) -> tuple[int, ...]:
     """(out, in) of one adapter layer, without touching its weight."""
     key, rows = split_name(layer)
@@ -131,6 +139,15 @@ class TrainableWeights(UnpatchedWeights):
         weight = weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()
         return alias(weight) if weight.is_inference() else weight
 
+    def bases(self, weights: Iterable[str], decomposition: Decomposition) -> Iterator[tuple[str, Basis]]:
+        """(layer, basis as kept) of some of these; whoever applies what was trained needs them too."""
+        networks: dict[ModelPatcher, set[tuple[str, Decomposition]]] = {}
+        for layer in weights:
+            networks.setdefault(self.layers[layer], set()).add((layer, decomposition))
+        for patcher, places in networks.items():
+            for (layer, _), basis in ModelBases(patcher, places, shapes(patcher)).each(places):
+                yield layer, basis
+
 
 class ModelBases:
     """The bases that some layers of a model need: those of the unpatched weights, as kept, on the CPU.
@@ -171,6 +188,12 @@ class ModelBases:
         """((layer, decomposition), basis) of some of them, from the cache or computed now."""
         for decomposition in sorted({kind for _, kind in places}):
             weights = Some(self.weights, (layer for layer, kind in sorted(places) if kind == decomposition))
-            found = self._cache.bases(weights, decomposition, hashes=self.hashes, device=self._device)
+            found = self._cache.bases(
+                weights, decomposition, hashes=self.hashes, device=self._device, progress=_stop_if_cancelled
+            )
             for layer, basis in found:
                 yield (layer, decomposition), basis
+
+
+def _stop_if_cancelled(done: int, total: int) -> None:
+    throw_exception_if_processing_interrupted()

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from comfy.model_patcher import ModelPatcher
 
 from ...adapter import Adapter, Layer
 from ...errors import SodaMixError
 from ...fingerprint import joint_hash, relative_error, tensor_hash
 from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, sketches
-from .base import ModelBases, matrix_shape, part_shape, split_name
+from .base import ModelBases, part_shape, split_name
 
 REMEMBERED = 1000
 Parts = Sequence[tuple[Adapter, Mapping[str, tuple[Layer, ...]]]]  # an adapter, and its layers that have a place
@@ -41,14 +40,6 @@ class Report:
             more = f" and {len(self.unmatched) - 3} more" if len(self.unmatched) > 3 else ""
             lines.append(f"{len(self.unmatched)} keys did not match: {shown}{more}")
         return "\n".join(lines + self.warnings)
-
-
-def shapes(patcher: ModelPatcher) -> dict[str, tuple[int, ...]]:
-    """Key of a parameter -> shape, a 1 x 1 convolution's as a matrix; without moving or copying a weight.
-
-    Not from the state dict, which holds quantised weights as they are packed.
-    """
-    return {key: matrix_shape(weight.shape) for key, weight in patcher.model.named_parameters()}
 
 
 @dataclass

@@ -17,8 +17,8 @@ from comfy.weight_adapter import WeightAdapterBase
 from ...adapter import Adapter, Layer
 from ...mixing import mix
 from . import bypass
-from .base import ModelBases, matrix_shape, split_name
-from .fit import Report, fit_to_apply, matching, shapes, spectrum_errors, unmatched
+from .base import ModelBases, matrix_shape, shapes, split_name
+from .fit import Report, fit_to_apply, matching, spectrum_errors, unmatched
 from .fold import Fold
 
 ATTACHMENT = "soda"

@@ -9,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...errors import SodaTrainingError
 from .attention import projections
-from .fit import shapes
+from .base import shapes
 
 # Where the picture attends to the text: the cross-attentions of models that have them (attn2 of a UNet; SD 3 calls a
 # second self-attention so), the text stream's projections in models that attend to both at once. The rest, single

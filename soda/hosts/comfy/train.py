@@ -136,7 +136,9 @@ def _train(
         dtype = computing_dtype(patcher)
         weights = TrainableWeights(clones)
         of_text = {name for _, keys in others for name in keys}
-        parameters = SodaParameters(weights, task.decomposition, task.factors, dtype=dtype, plan=plan, text=of_text)
+        parameters = SodaParameters(
+            weights, task.decomposition, task.factors, dtype=dtype, plan=plan, text=of_text, bases=weights.bases
+        )
         reference, beside = _start(parameters, weights, frozen, extras.start_from)
         batches = Batches(patcher, task.samples, settings, extras.empty, extras.prior, words=text is not None)
         with Injection(patcher, keys, again=plan != "fast") as injection, text or contextlib.nullcontext():
