@@ -33,6 +33,7 @@ DISK_BYTES = 8 << 30
 READ_RATE = 2e9  # bytes of bases a second
 THREADS = min(16, os.cpu_count() or 1)  # hashing and reading let other threads run
 AT_ONCE = 4 * THREADS
+READERS = 4  # behind a job that goes on; more would take turns with it
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -46,6 +47,8 @@ class BasisCache:
         self._folder = None if folder is None else BasisFolder(folder, disk)
         self._kept: OrderedDict[Key, Basis] = OrderedDict()
         self._known: dict[tuple[int, str], tuple[weakref.ref, str, str]] = {}
+        self._coming: dict[Key, Future[None]] = {}
+        self._readers = ThreadPoolExecutor(READERS)
         self._lock = threading.Lock()
 
     def bound(self, memory: int, disk: int) -> None:
@@ -66,8 +69,11 @@ class BasisCache:
         device: torch.device = CPU,
         working_set: int = WORKING_SET,
         progress: Progress | None = None,
+        ahead: bool = False,
     ) -> Iterator[tuple[str, Basis]]:
         """(name, basis) of every weight, as kept and on the CPU: those at hand first, then the others.
+
+        With `ahead` those on disk are given as outlines; their vectors are read meanwhile, and `get` waits for them.
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
         weights again of which a sample has not changed. hashes: what `hashes` gave for them.
@@ -79,7 +85,7 @@ class BasisCache:
         keys: dict[str, Key] = {name: (hashes[name], decomposition) for name in weights}
         tell: Progress = progress or (lambda done, total: None)
         done, missing = 0, dict.fromkeys(weights)
-        for name, basis in self._at_hand(keys, weights):
+        for name, basis in self._at_hand(keys, weights, ahead):
             del missing[name]
             done += 1
             tell(done, len(weights))
@@ -94,7 +100,9 @@ class BasisCache:
                 tell(done, len(weights))
                 yield name, basis
 
-    def _at_hand(self, keys: Mapping[str, Key], weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Basis]]:
+    def _at_hand(
+        self, keys: Mapping[str, Key], weights: Mapping[str, Tensor], ahead: bool
+    ) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
         absent = []
         for name, key in keys.items():
@@ -105,14 +113,16 @@ class BasisCache:
                 yield name, basis
         if self._folder is None or not absent:
             return
+        look = self._folder.outline if ahead else self.get
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(absent), AT_ONCE):
                 some = absent[start : start + AT_ONCE]
-                for name, basis in zip(
-                    some, pool.map(lambda n: self.get(keys[n], weights[n].shape), some), strict=True
-                ):
-                    if basis is not None:
-                        yield name, basis
+                for name, basis in zip(some, pool.map(lambda n: look(keys[n], weights[n].shape), some), strict=True):
+                    if basis is None:
+                        continue
+                    if ahead:
+                        self._read_ahead(keys[name], weights[name].shape)
+                    yield name, basis
 
     def hashes(
         self, weights: Mapping[str, Tensor], owner: object = None, samples: Mapping[str, str] | None = None
@@ -136,13 +146,32 @@ class BasisCache:
 
     def get(self, key: Key, shape: torch.Size) -> Basis | None:
         """The basis of a weight of this shape by its `weight_hash` and decomposition, or None."""
+        with self._lock:
+            coming = self._coming.get(key)
+        if coming is not None:
+            coming.result()
         basis = self._in_memory(key)
-        if basis is not None:
-            return basis
-        basis = None if self._folder is None else self._folder.get(key, shape)
+        return basis if basis is not None or self._folder is None else self._read(key, shape)
+
+    def _read(self, key: Key, shape: torch.Size) -> Basis | None:
+        """From the folder into memory."""
+        assert self._folder is not None
+        basis = self._folder.get(key, shape)
         if basis is not None:
             self._keep(key, basis)
         return basis
+
+    def _read_ahead(self, key: Key, shape: torch.Size) -> None:
+        def read() -> None:
+            try:
+                self._read(key, shape)
+            finally:
+                with self._lock:
+                    del self._coming[key]
+
+        with self._lock:
+            if key not in self._coming:
+                self._coming[key] = self._readers.submit(read)
 
     def _in_memory(self, key: Key) -> Basis | None:
         with self._lock:

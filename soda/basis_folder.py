@@ -1,9 +1,9 @@
 """A folder of bases, one file each, bounded in bytes, shared by any number of processes.
 
-A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. It holds a checksum and then the
-tensors of `kept_form`, one after the other: the key says all else. A file that cannot be read, is longer or shorter, or
-whose numbers do not add up is as good as none. What cannot be written is not kept: the log says so once, and the work
-goes on.
+A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. It holds the outline and then the
+vectors of a basis, each a checksum and then the tensors of `kept_form`, one after the other: the key says all else. A
+file that cannot be read, is longer or shorter, or whose numbers do not add up is as good as none. What cannot be
+written is not kept: the log says so once, and the work goes on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from .decomposition import Basis, Key, kept_bytes, kept_form
 
+T = TypeVar("T")
 SUFFIX = ".basis"
 CHECKSUM = 8  # bytes
 WRITERS = 4
@@ -61,18 +63,25 @@ class BasisFolder:
 
     def get(self, key: Key, shape: torch.Size) -> Basis | None:
         """The basis of a weight of this shape, or None."""
+        return self._get(key, shape, whole=True)
+
+    def outline(self, key: Key, shape: torch.Size) -> Basis | None:
+        """The same without vectors, at a fraction of the bytes."""
+        return self._get(key, shape, whole=False)
+
+    def _get(self, key: Key, shape: torch.Size, whole: bool) -> Basis | None:
         file = self._file(key)
         try:
-            checksum, basis = _read(file, key, shape)
+            basis = _read(file, key, shape, whole)
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
         except OSError:
             return None
-        return basis if checksum == _checksum(key, basis) else None
+        return basis
 
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
-        size = CHECKSUM + basis.nbytes
+        size = 2 * CHECKSUM + basis.nbytes
         if not self._writable or size > self.limit:
             return
         try:
@@ -81,8 +90,7 @@ class BasisFolder:
                 if size > self._unscanned:
                     self._make_room(size)
                 self._unscanned -= size
-            parts = [_bytes(tensor).data for tensor in basis.tensors().values()]
-            _write(self._file(key), [_checksum(key, basis), *parts])
+            _write(self._file(key), key, basis)
         except OSError as error:
             with self._lock:
                 told, self._writable = not self._writable, False
@@ -147,29 +155,36 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 
 @torch.inference_mode(False)
-def _read(file: Path, key: Key, shape: torch.Size) -> tuple[bytes, Basis]:
-    """(checksum, basis) that a file holds, straight into memory of its own: to map and copy it takes twice as long.
+def _read(file: Path, key: Key, shape: torch.Size, whole: bool) -> Basis:
+    """The basis or outline that a file holds, straight into memory of its own: to map and copy it takes twice as long.
 
-    Raises OSError where the file is longer or shorter.
+    Raises OSError where the file is longer or shorter, or was changed.
     """
+    tensors: dict[str, Tensor] = {}
     with open(file, "rb", buffering=0) as stored:
-        if os.fstat(stored.fileno()).st_size != CHECKSUM + kept_bytes(shape, key[1]):
+        if os.fstat(stored.fileno()).st_size != 2 * CHECKSUM + kept_bytes(shape, key[1]):
             raise OSError(f"{file} has not the size of a basis of {tuple(shape)}")
-        checksum = stored.read(CHECKSUM)
-        tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kept_form(shape, key[1]).items()}
-        for tensor in tensors.values():
-            if stored.readinto(_bytes(tensor).data) != tensor.nbytes:
-                raise OSError(f"{file} became shorter")
-    return checksum, Basis.of(key[1], tensors)
+        for names in _parts(kept_form(shape, key[1]))[: 2 if whole else 1]:
+            checksum = stored.read(CHECKSUM)
+            part = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in names.items()}
+            for tensor in part.values():
+                if stored.readinto(_bytes(tensor).data) != tensor.nbytes:
+                    raise OSError(f"{file} became shorter")
+            if checksum != _checksum(key, part):
+                raise OSError(f"{file} was changed")
+            tensors |= part
+    return Basis.of(key[1], tensors)
 
 
-def _write(file: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Without fsync: after a power cut the checksum tells."""
+def _write(file: Path, key: Key, basis: Basis) -> None:
+    """Without fsync: after a power cut the checksums tell."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=f"{SUFFIX}.part")
     try:
         with os.fdopen(handle, "wb") as stored:
-            for part in parts:
-                stored.write(part)
+            for part in _parts(basis.tensors()):
+                stored.write(_checksum(key, part))
+                for tensor in part.values():
+                    stored.write(_bytes(tensor).data)
         os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -177,11 +192,17 @@ def _write(file: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise
 
 
-def _checksum(key: Key, basis: Basis) -> bytes:
+def _parts(named: Mapping[str, T]) -> list[dict[str, T]]:
+    """Outline and vectors."""
+    vectors = {name: value for name, value in named.items() if name in ("left", "right")}
+    return [{name: value for name, value in named.items() if name not in vectors}, vectors]
+
+
+def _checksum(key: Key, tensors: Mapping[str, Tensor]) -> bytes:
     """The sum modulo 2^64 of the tensors' 64-bit words, their last bytes alone, and a number of the key's own, so that
     a file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
     total = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
-    for tensor in basis.tensors().values():
+    for tensor in tensors.values():
         numbers = _bytes(tensor)
         words = len(numbers) // 8 * 8
         total += int(numbers[:words].view(np.uint64).sum()) + int(numbers[words:].sum())

@@ -55,7 +55,7 @@ LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its
 class Basis:
     """A decomposition of `(..., out, in)` weights: left `(..., out, k)` and right `(..., k, in)`, None where D does
     not need it or `complete` makes it; spectrum and live (bool) `(..., k)`; probes `(..., k, 16)`, left^T S_1^T and
-    right S_2^T, None in training."""
+    right S_2^T, None in training. An outline is one without vectors."""
 
     decomposition: Decomposition
     left: Tensor | None
@@ -72,13 +72,22 @@ class Basis:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name, as `kept_form` orders them."""
-        named = {name: getattr(self, name) for name in ("spectrum", "probes", "left", "right", "live")}
+        named = {name: getattr(self, name) for name in ("spectrum", "probes", "live", "left", "right")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
     def nbytes(self) -> int:
         """The bytes that its tensors take."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is more than an outline."""
+        return self.left is not None or self.right is not None
+
+    def outline(self) -> Basis:
+        """What says whether a D is right here, without what makes it."""
+        return replace(self, left=None, right=None)
 
     def kept(self) -> Basis:
         """The form in which it is kept and applied: Q of lq and qr in fp16, all else in fp32."""
@@ -98,14 +107,14 @@ def vector_dtype(decomposition: Decomposition) -> torch.dtype:
 
 
 def kept_form(shape: Sequence[int], decomposition: Decomposition) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the kept basis of one weight `(out, in)`, by name, those of wider numbers first."""
+    """Shapes and dtypes of the kept basis of one weight `(out, in)`, by name, its outline first."""
     (out, inner), k = shape, min(shape)
     left = decomposition == "qr" or (decomposition == "svd" and out <= inner)
     return {
         "spectrum": ((k,), torch.float32),
         "probes": ((k, 2 * SKETCH_SIZE), torch.float32),
-        "left" if left else "right": ((out, k) if left else (k, inner), vector_dtype(decomposition)),
         "live": ((k,), torch.bool),
+        "left" if left else "right": ((out, k) if left else (k, inner), vector_dtype(decomposition)),
     }
 
 

@@ -75,6 +75,10 @@ def loader(model, name, strength):
     return cls.execute(model, name, strength).result[0]
 
 
+def near(one, two):
+    return all(torch.allclose(one[key].float(), two[key].float(), atol=1e-4) for key in two)
+
+
 def loaded(model):
     load(model)
     return weights(model)
@@ -100,6 +104,31 @@ def test_a_new_strength_computes_nothing_again(output, counted, decomposition):
     assert same(cold, loaded(again))
     counted["expm"] = before["expm"]
     assert counted == before
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+def test_bases_on_disk_are_read_while_weights_are_patched(monkeypatch, settings, counted, decomposition):
+    """And where their vectors turn out to be damaged, they are made from the weights at hand, and written anew."""
+    monkeypatch.setattr(basis_cache, "READ_RATE", float("inf"))  # worth writing, however fast they were computed
+    model = small_model(seed=23)
+    one = sketched(model, decomposition)
+    expected = loaded(apply(model, [(one, 1.0)])[0])
+    CACHE.flush()
+    for damaged in (False, True):
+        settings(memory=0.0)
+        settings()
+        decomposed, files = counted["decomposed"], set(CACHE._folder.path.glob("*.basis"))
+        for file in files if damaged else ():
+            file.write_bytes(file.read_bytes()[:-1] + b"x")
+        patched, _, report = apply(model, [(one, 1.0)])
+        assert report.changed == 56 and not report.warnings and counted["decomposed"] == decomposed
+        assert same(loaded(patched), expected) or (damaged and near(loaded(patched), expected))
+        assert counted["decomposed"] == decomposed + (56 if damaged else 0)
+        assert all(basis.whole for basis in fold_of(patched).bases.values())
+    settings(memory=0.0)
+    settings()
+    assert same(loaded(apply(model, [(one, 1.0)])[0]), loaded(patched))
+    assert counted["decomposed"] == decomposed + 56
 
 
 @pytest.mark.parametrize("decomposition", ["lq", "svd"])

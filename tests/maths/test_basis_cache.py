@@ -176,6 +176,35 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         assert file.read_bytes() == good
 
 
+def test_vectors_come_after_their_outlines(tmp_path, monkeypatch, computed):
+    weights = some_weights()
+    first = filled(BasisCache(folder=tmp_path), weights)
+    going, plain = threading.Event(), BasisFolder.get
+    monkeypatch.setattr(BasisFolder, "get", lambda *args: going.wait() and plain(*args))
+    cache, keys = BasisCache(folder=tmp_path), {name: (weight_hash(w), "lq") for name, w in weights.items()}
+    for _ in range(2):  # asked for twice they are read once
+        found = dict(cache.bases(weights, "lq", ahead=True))
+        assert all(same(found[name], first[name].outline()) and not found[name].whole for name in weights)
+    assert cache.size == 0 and len(cache._coming) == 4
+    threading.Timer(0.1, going.set).start()
+    assert all(same(cache.get(key, weights[name].shape), first[name]) for name, key in keys.items())
+    assert not cache._coming and len(computed) == 4
+    found = dict(cache.bases(weights, "lq", ahead=True))  # in memory they are whole
+    assert all(same(found[name], first[name]) for name in weights)
+
+
+def test_an_outline_may_be_good_where_the_vectors_are_not(tmp_path):
+    weights = some_weights(1)
+    first = filled(BasisCache(folder=tmp_path), weights)
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    key = weight_hash(weights["layer0"]), "lq"
+    cache = BasisCache(folder=tmp_path)
+    assert same(dict(cache.bases(weights, "lq", ahead=True))["layer0"], first["layer0"].outline())
+    assert cache.get(key, torch.Size((6, 9))) is None
+    assert filled(cache, weights) and same(cache.get(key, torch.Size((6, 9))), first["layer0"])
+
+
 def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, monkeypatch):
     filled(BasisCache(folder=tmp_path), some_weights(1))
     (file,) = tmp_path.glob(f"*{SUFFIX}")
@@ -206,7 +235,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
     folder = BasisFolder(tmp_path, 1)
     folder.put(("layer0", "lq"), bases["layer0"])
     assert not any(tmp_path.iterdir())
-    one = basis_folder.CHECKSUM + bases["layer0"].nbytes
+    one = 2 * basis_folder.CHECKSUM + bases["layer0"].nbytes
     folder = BasisFolder(tmp_path, 10 * one)
     for age, name in enumerate(weights):
         folder.put((name, "lq"), bases[name])
@@ -221,7 +250,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
 
 def test_two_writers_together_keep_the_bound(tmp_path):
     basis = decompose(some_weights(1)["layer0"], "lq").kept()
-    one = basis_folder.CHECKSUM + basis.nbytes
+    one = 2 * basis_folder.CHECKSUM + basis.nbytes
     writers = [BasisFolder(tmp_path, 20 * one) for _ in range(2)]
     for i in range(60):
         writers[i % 2].put((f"layer{i}", "lq"), basis)
@@ -268,7 +297,7 @@ def _fill(folder, seed, rounds):
     torch.set_num_threads(1)
     weights = some_weights(12, (20, 20))
     exact = {name: decompose(w, "lq").kept() for name, w in weights.items()}
-    one = exact["layer0"].nbytes + basis_folder.CHECKSUM
+    one = exact["layer0"].nbytes + 2 * basis_folder.CHECKSUM
     g = torch.Generator().manual_seed(seed)
     for _ in range(rounds):
         cache = BasisCache(memory=0, folder=folder, disk=6 * one)

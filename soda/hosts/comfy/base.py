@@ -24,6 +24,7 @@ from ...decomposition import Basis, Key, kept_bytes
 from .quantised import dequantised_gguf, is_gguf, stored_parts, with_parts
 from .settings import basis_bounds
 
+Place = tuple[str, Decomposition]  # a layer and what is made of its weight
 CACHE = BasisCache(folder=Path(folder_paths.get_user_directory()) / "soda" / "bases")
 
 
@@ -160,6 +161,7 @@ class ModelBases:
     ):
         self._cache = bounded_cache()
         self._device = patcher.load_device
+        self._outlines: dict[Place, Basis] = {}
         wanted = set(wanted)
         self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
         self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
@@ -184,12 +186,24 @@ class ModelBases:
     def key(self, layer: str, decomposition: Decomposition) -> Key:
         return self.hashes[layer], decomposition
 
-    def each(self, places: Collection[tuple[str, Decomposition]]) -> Iterator[tuple[tuple[str, Decomposition], Basis]]:
-        """((layer, decomposition), basis) of some of them, from the cache or computed now."""
+    def outlines(self, places: Collection[Place]) -> dict[Place, Basis]:
+        """At least the outlines of some of them. Where they are kept, vectors that lie on disk come meanwhile."""
+        missing = [place for place in places if place not in self._outlines]
+        for place, basis in self.each(missing, ahead=self.kept):
+            self._outlines[place] = basis if self.kept else basis.outline()
+        return {place: self._outlines[place] for place in places}
+
+    def each(self, places: Collection[Place], ahead: bool = False) -> Iterator[tuple[Place, Basis]]:
+        """((layer, decomposition), basis) of some of them, from the cache or computed now; see there for `ahead`."""
         for decomposition in sorted({kind for _, kind in places}):
             weights = Some(self.weights, (layer for layer, kind in sorted(places) if kind == decomposition))
             found = self._cache.bases(
-                weights, decomposition, hashes=self.hashes, device=self._device, progress=_stop_if_cancelled
+                weights,
+                decomposition,
+                hashes=self.hashes,
+                device=self._device,
+                progress=_stop_if_cancelled,
+                ahead=ahead,
             )
             for layer, basis in found:
                 yield (layer, decomposition), basis

@@ -99,7 +99,7 @@ def spectrum_errors(parts: Parts, bases: ModelBases) -> list[float | None]:
     }
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {key: [] for key in unknown}
     places = {(name, term.decomposition) for layers in unknown.values() for name, term in _sketched(layers)}
-    for (name, decomposition), basis in bases.each(places):
+    for (name, decomposition), basis in bases.outlines(places).items():
         for key, layers in unknown.items():
             for term in layers.get(name, ()):
                 if term.decomposition == decomposition and term.delta is not None and term.sketch is not None:

@@ -22,18 +22,17 @@ import torch
 from torch import Tensor
 
 from ...adapt import Spectrum, changed
-from ...adapter import Adapter, Decomposition, Layer
+from ...adapter import Adapter, Layer
 from ...bases import decompose_all, to_keep
 from ...compressed import Compressed
 from ...decomposition import Basis, Key, add_spectral_change
 from ...precision import CPU
 from ...rotation import Rotations, rotations
-from .base import CACHE, ModelBases
+from .base import CACHE, ModelBases, Place
 from .pinned import on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
-Place = tuple[str, Decomposition]
 
 
 class Ready(NamedTuple):
@@ -59,7 +58,7 @@ class Fold:
         needed = {
             (name, term.decomposition) for name, terms in mix.layers.items() for term in terms if _has_spectrum(term)
         }
-        found = dict(bases.each(needed)) if bases.kept else {}
+        found = bases.outlines(needed) if bases.kept else {}
         live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
         return cls(replace(mix, layers=live), found, {place: bases.key(*place) for place in needed})
 
@@ -120,21 +119,25 @@ class Fold:
                 continue
             place = (name, term.decomposition)
             basis = self.bases.get(place)
-            if basis is None:
-                basis = self._remade(place, weight)
-                if keep:
+            if basis is None or not basis.whole:
+                outlined = basis is not None
+                basis = self._remade(place, weight, outlined)
+                if keep or outlined:
                     self.bases[place] = basis
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             left, right = (None if s is None else on_device(s, weight.device) for s in (basis.left, basis.right))
             found.append(Spectrum(term.decomposition, left, right, delta))
         return found
 
-    def _remade(self, place: Place, weight: Tensor) -> Basis:
-        """From the disk, or computed."""
+    def _remade(self, place: Place, weight: Tensor, outlined: bool) -> Basis:
+        """From memory, from the disk, or computed; an `outlined` one was on disk and, if it has to be computed, is not
+        any more."""
         basis = CACHE.get(self.keys[place], weight.shape)
         if basis is None:
             ((_, computed),) = decompose_all({"": weight}, place[1], device=weight.device, keep=True)
             basis = to_keep(computed)
+            if outlined:
+                CACHE.put(self.keys[place], basis)
         return basis
 
 
