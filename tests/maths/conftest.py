@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 settings.register_profile("ladder", deadline=None, derandomize=True, database=None, max_examples=25)
 settings.load_profile("ladder")
 collect_ignore = [] if torch.cuda.is_available() else ["test_training_graph_cuda.py"]
@@ -31,3 +31,20 @@ def make_layer():
         return Layer(decomposition, delta, logs, sketch)
 
     return make
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The names of weights in the order in which a cache of bases decomposed them."""
+    from soda import basis_cache
+
+    names = []
+
+    def counting(weights, *args, **kwargs):
+        for batch in plain(weights, *args, **kwargs):
+            names.extend(batch)
+            yield batch
+
+    plain = basis_cache.decompose_batches
+    monkeypatch.setattr(basis_cache, "decompose_batches", counting)
+    return names

@@ -1,0 +1,210 @@
+"""The folder of bases: damaged files, its bound, two processes, folders that cannot be used, writing behind the job."""
+
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+import torch
+from some_bases import filled, near, same, size_on_disk, some_weights
+
+from soda import basis_folder
+from soda.basis_cache import BasisCache, weight_hash
+from soda.basis_folder import SUFFIX, BasisFolder
+from soda.decomposition import decompose
+
+DAMAGES = ["truncated", "empty", "longer", "noise", "flipped", "half zeros", "zeros", "of another weight", "a folder"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
+    weights = some_weights(1, (16, 24))
+    filled(BasisCache(folder=tmp_path), weights)
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    good = file.read_bytes()
+    if damage == "a folder":
+        file.unlink()
+        file.mkdir()
+    elif damage == "of another weight":
+        other = tmp_path / "other"
+        filled(BasisCache(folder=other), some_weights(1, (16, 24), seed=1))
+        os.replace(next(other.glob(f"*{SUFFIX}")), file)
+    else:
+        middle = len(good) // 2
+        file.write_bytes({
+            "truncated": good[:middle],
+            "empty": b"",
+            "longer": good + b"x",
+            "noise": (bytes(range(256)) * len(good))[: len(good)],
+            "flipped": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
+            "half zeros": good[:middle] + bytes(len(good) - middle),
+            "zeros": bytes(len(good)),
+        }[damage])  # fmt: skip
+    found = filled(BasisCache(folder=tmp_path), weights)
+    assert len(computed) == (2 if damage != "of another weight" else 3)
+    assert same(found["layer0"], decompose(weights["layer0"], "lq").kept())
+    if damage != "a folder":
+        assert file.read_bytes() == good
+
+
+def test_an_outline_may_be_good_where_the_vectors_are_not(tmp_path):
+    weights = some_weights(1)
+    first = filled(BasisCache(folder=tmp_path), weights)
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    key = weight_hash(weights["layer0"]), "lq"
+    cache = BasisCache(folder=tmp_path)
+    assert same(dict(cache.bases(weights, "lq", ahead=True))["layer0"], first["layer0"].outline())
+    assert cache.get(key, torch.Size((6, 9))) is None
+    assert filled(cache, weights) and same(cache.get(key, torch.Size((6, 9))), first["layer0"])
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, monkeypatch):
+    filled(BasisCache(folder=tmp_path), some_weights(1))
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    read = partial(BasisFolder(tmp_path, 1 << 20).get, (file.name.split(".")[0], "lq"), torch.Size((6, 9)))
+    assert read() is not None
+    utime = os.utime
+    monkeypatch.setattr(os, "utime", lambda path: path.unlink() or utime(path))
+    assert read() is not None and not file.exists()
+    assert read() is None
+
+
+def test_memory_that_runs_out_while_a_file_is_read_is_said(tmp_path, monkeypatch):
+    weights = some_weights(1)
+    filled(BasisCache(folder=tmp_path), weights)
+
+    def full(*_, **__):
+        raise RuntimeError("not enough memory")
+
+    folder, key = BasisFolder(tmp_path, 1 << 20), (weight_hash(weights["layer0"]), "lq")
+    monkeypatch.setattr(basis_folder.torch, "empty", full)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        folder.get(key, torch.Size((6, 9)))
+
+
+def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
+    weights = some_weights(40)
+    bases = {name: decompose(w, "lq").kept() for name, w in weights.items()}
+    folder = BasisFolder(tmp_path, 1)
+    folder.put(("layer0", "lq"), bases["layer0"])
+    assert not any(tmp_path.iterdir())
+    one = 2 * basis_folder.CHECKSUM + bases["layer0"].nbytes
+    folder = BasisFolder(tmp_path, 10 * one)
+    for age, name in enumerate(weights):
+        folder.put((name, "lq"), bases[name])
+        os.utime(tmp_path / f"{name}.lq{SUFFIX}", (1e9 + age, 1e9 + age))
+        assert size_on_disk(tmp_path) <= 10 * one
+        if age == 5:
+            assert folder.get(("layer0", "lq"), torch.Size((6, 9))) is not None  # used now: newer than all
+    kept = {f.name.split(".")[0] for f in tmp_path.iterdir()}
+    assert 7 <= len(kept) <= 10 and "layer39" in kept and "layer0" in kept
+    assert {f"layer{i}" for i in range(39 - len(kept) + 2, 40)} == kept - {"layer0"}
+
+
+def test_two_writers_together_keep_the_bound(tmp_path):
+    basis = decompose(some_weights(1)["layer0"], "lq").kept()
+    one = 2 * basis_folder.CHECKSUM + basis.nbytes
+    writers = [BasisFolder(tmp_path, 20 * one) for _ in range(2)]
+    for i in range(60):
+        writers[i % 2].put((f"layer{i}", "lq"), basis)
+        assert size_on_disk(tmp_path) <= 20 * one
+    assert size_on_disk(tmp_path) > 10 * one
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    old, new, foreign = (tmp_path / n for n in (f"a{SUFFIX}.part", f"b{SUFFIX}.part", "c.part"))
+    for file in (old, new, foreign):
+        file.write_bytes(b"x")
+        os.utime(file, (time.time() - (7200 if file != new else 0),) * 2)
+    BasisFolder(tmp_path, 1 << 20).put(("layer0", "lq"), decompose(some_weights(1)["layer0"], "lq").kept())
+    assert not old.exists() and new.exists() and foreign.exists()
+
+
+def broken_folders(tmp_path, monkeypatch):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    yield blocker / "inside"
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(basis_folder.os, "replace", full)
+    yield tmp_path / "full"
+
+
+def test_a_folder_that_cannot_be_written_does_not_fail_the_job(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    for folder in broken_folders(tmp_path, monkeypatch):
+        caplog.clear()
+        weights = some_weights()
+        cache = BasisCache(folder=folder)
+        found = filled(cache, weights)
+        assert all(near(found[name], decompose(w, "lq")) for name, w in weights.items())
+        assert len(caplog.records) == 1 and str(folder) in caplog.text
+        assert not folder.exists() or not any(folder.iterdir())
+        assert cache.size > 0  # kept in memory all the same
+
+
+def _fill(folder, seed, rounds):
+    """Write and read in a folder too small for all; exit code 1 if a basis ever came back wrong."""
+    torch.set_num_threads(1)
+    weights = some_weights(12, (20, 20))
+    exact = {name: decompose(w, "lq").kept() for name, w in weights.items()}
+    one = exact["layer0"].nbytes + 2 * basis_folder.CHECKSUM
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(rounds):
+        cache = BasisCache(memory=0, folder=folder, disk=6 * one)
+        names = [f"layer{i}" for i in torch.randperm(12, generator=g)[:5].tolist()]
+        for name, basis in cache.bases({n: weights[n] for n in names}, "lq"):
+            if not all(torch.allclose(a.float(), b.float(), atol=1e-3) for a, b in zip(
+                (basis.right, basis.spectrum), (exact[name].right, exact[name].spectrum), strict=True
+            )):  # fmt: skip
+                raise SystemExit(1)
+
+
+def test_processes_share_a_folder(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    workers = [spawn.Process(target=_fill, args=(tmp_path, seed, 25)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    left = list(tmp_path.iterdir())
+    assert left and all(file.name.endswith(SUFFIX) for file in left)
+
+
+def test_writing_waits_where_too_much_is_left_and_ends_before_the_process_does(tmp_path, monkeypatch):
+    basis, going, written = decompose(some_weights(1)["layer0"], "lq").kept(), threading.Event(), []
+    plain = BasisFolder.put
+
+    def slow(folder, key, basis):
+        going.wait()
+        plain(folder, key, basis)
+        written.append(key[0])
+
+    monkeypatch.setattr(BasisFolder, "put", slow)
+    folder = BasisFolder(tmp_path, 1 << 20)
+    for i in range(3):
+        folder.put_later((f"layer{i}", "lq"), basis, room=3 * basis.nbytes)
+    assert not written
+    threading.Timer(0.2, going.set).start()
+    folder.put_later(("layer3", "lq"), basis, room=3 * basis.nbytes)
+    assert written
+    folder.flush()
+    assert sorted(written) == [f"layer{i}" for i in range(4)] and folder.get(("layer3", "lq"), torch.Size((6, 9)))
+
+    code = (
+        "import torch, sys, soda.basis_folder as f, time; from soda import decompose; plain = f._write\n"
+        "f._write = lambda *args: (time.sleep(0.5), plain(*args))\n"
+        "folder = f.BasisFolder(sys.argv[1], 1 << 20)\n"
+        "folder.put_later(('late', 'lq'), decompose(torch.randn(6, 9), 'lq').kept(), 1 << 20)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert folder.get(("late", "lq"), torch.Size((6, 9))) is not None
