@@ -19,7 +19,7 @@ from soda.training.presets import LEARNING_RATES, TARGETS
 from .bench import Bench, Run, gain
 from .concepts import SUBJECTS
 
-MULTIPLES = (0.5, 0.7, 1.0, 1.4, 2.0)
+MULTIPLES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 CONCEPTS = ("pom", "comic")
 
 
