@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, Layer
-from .decomposition import Basis, complete, decompose, spectral_change
+from .decomposition import Basis, complete, decompose, spectral_change, spectral_sketch
 from .errors import SodaMixError
-from .fingerprint import base_hash, relative_error, sketch
+from .fingerprint import base_hash, relative_error
 from .fit import REFUSED_ERROR, misfit
 
 Progress = Callable[[int, int], None]
@@ -66,12 +66,12 @@ def transport(
             assert source is not None and basis is not None
             wanted = spectral_change(source, term.delta.to(device), here)
             if term.sketch is not None:
-                sketches.append((sketch(wanted), term.sketch))
+                sketches.append((spectral_sketch(source, term.delta), term.sketch))
             delta = fitted(basis, wanted, there)
             change = spectral_change(basis, delta, there)
             lost += float((change - wanted).square().sum())
             whole += float(wanted.square().sum())
-            moved.append(replace(term, delta=delta.cpu(), sketch=sketch(change)))
+            moved.append(replace(term, delta=delta.cpu(), sketch=spectral_sketch(basis, delta)))
         layers[name] = tuple(moved)
         if progress is not None:
             progress(done, len(adapter.layers))

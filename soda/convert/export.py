@@ -22,9 +22,9 @@ from torch import Tensor
 from ..adapt import adapt
 from ..adapter import Adapter, Decomposition, split_rows
 from ..atomic import replace_file
-from ..decomposition import Basis, decompose, spectral_change
+from ..decomposition import Basis, decompose, spectral_sketch
 from ..errors import SodaFileError
-from ..fingerprint import relative_error, sketch
+from ..fingerprint import relative_error
 from ..fit import REFUSED_ERROR, misfit
 from .base import Progress, Weights
 from .names import architecture, kohya
@@ -134,8 +134,7 @@ class Changes:
                 continue
             bases[term.decomposition] = basis
             if term.sketch is not None:
-                here = sketch(spectral_change(basis, term.delta.to(self.device), weight))
-                self._sketches.append((here, term.sketch))
+                self._sketches.append((spectral_sketch(basis, term.delta), term.sketch))
         return adapt(weight, terms, bases) - weight
 
     def about(self) -> dict[str, Any]:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Layer
-from ..decomposition import decompose, spectral_change
+from ..decomposition import decompose, spectral_sketch
 from ..errors import SodaFileError, unreadable
-from ..fingerprint import joint_hash, sketch, tensor_hash
+from ..fingerprint import joint_hash, tensor_hash
 from ..kronecker import log_rotation, triangle
 from ..metadata import describe
 from .base import CLIP_G, BaseWeights, Progress
@@ -169,7 +169,7 @@ def _layer(weight: Tensor, factors: Sequence[Tensor], delta: Tensor, decompositi
         diagonal = torch.linalg.qr(weight.cpu().float().mT).R.diagonal()
         delta = torch.where(diagonal < 0, -delta, delta)
     kept = torch.where(live, delta, 0.0).float()
-    return Layer(decomposition, kept, logs, sketch(spectral_change(basis, kept.to(weight.device), weight)))
+    return Layer(decomposition, kept, logs, spectral_sketch(basis, kept))
 
 
 def _polar(factor: Tensor) -> Tensor:

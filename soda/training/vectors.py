@@ -12,7 +12,6 @@ from ..adapter import Decomposition
 from ..bases import Some, decompose_all
 from ..decomposition import Basis, complete, spectral_change, spectral_sketch
 from ..kronecker import rotate
-from ..precision import CPU
 from .plan import Plan
 
 Side = Tensor | list[Tensor] | None
@@ -86,8 +85,7 @@ class Vectors:
 
     def sketches(self, delta: Tensor) -> Tensor:
         """`(B, 8, 8)`, of the D of a delta `(B, k)`, fp32 on the CPU."""
-        basis = Basis(self.decomposition, None, None, self.spectrum, self.live, self.probes)
-        return spectral_sketch(_on(basis, CPU), delta.to(CPU))
+        return spectral_sketch(Basis(self.decomposition, None, None, self.spectrum, self.live, self.probes), delta)
 
     def one(self, i: int, device: torch.device) -> Basis:
         """The basis of weight i on a device."""

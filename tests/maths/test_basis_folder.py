@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,5 +207,5 @@ def test_writing_waits_where_too_much_is_left_and_ends_before_the_process_does(t
         "folder = f.BasisFolder(sys.argv[1], 1 << 20)\n"
         "folder.put_later(('late', 'lq'), decompose(torch.randn(6, 9), 'lq').kept(), 1 << 20)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
     assert folder.get(("late", "lq"), torch.Size((6, 9))) is not None
