@@ -98,13 +98,13 @@ class BasisFolder:
                 log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
 
     def put_later(self, key: Key, basis: Basis, room: int) -> None:
-        """`put` while the caller goes on, who waits where more than `room` bytes would be left to write.
-
-        A process that ends writes what is left first.
-        """
+        """`put` while the caller goes on; nothing where that would leave more than `room` bytes to write: to compute a
+        basis again is better than to wait for a slow disk. A process that ends writes what is left first."""
         with self._queueing:
-            while self._later and (self._later[0][1].done() or self._left + basis.nbytes > room):
+            while self._later and self._later[0][1].done():
                 self._written()
+            if self._left + basis.nbytes > room:
+                return
             self._later.append((basis.nbytes, self._writers.submit(self.put, key, basis)))
             self._left += basis.nbytes
 
