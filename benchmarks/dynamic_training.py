@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from apply import dynamic_vram
+from apply_sides import dynamic_vram
 from train_step import ROOT, load_pack
 
 STEPS = 20
