@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -35,6 +35,7 @@ THREADS = min(16, os.cpu_count() or 1)  # hashing and reading let other threads 
 AT_ONCE = 4 * THREADS
 READERS = 4  # behind a job that goes on; more would take turns with it
 SAMPLE = 1024
+Place = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -66,6 +67,7 @@ class BasisCache:
         *,
         owner: object = None,
         hashes: Mapping[str, str] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
         device: torch.device = CPU,
         working_set: int = WORKING_SET,
         progress: Progress | None = None,
@@ -76,7 +78,8 @@ class BasisCache:
         With `ahead` those on disk are given as outlines; their vectors are read meanwhile, and `get` waits for them.
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
-        weights again of which a sample has not changed. hashes: what `hashes` gave for them.
+        weights again of which a sample has not changed. hashes: what `hashes` gave for them. shapes: theirs, where to
+        look at a weight costs more.
         `progress(done, total)` is told after every matrix. The folder is written meanwhile and afterwards; see `flush`.
         """
         if decomposition == "none":
@@ -85,7 +88,9 @@ class BasisCache:
         keys: dict[str, Key] = {name: (hashes[name], decomposition) for name in weights}
         tell: Progress = progress or (lambda done, total: None)
         done, missing = 0, dict.fromkeys(weights)
-        for name, basis in self._at_hand(keys, weights, ahead):
+        shapes = {name: tuple(weights[name].shape) for name in weights} if shapes is None else shapes
+        places = {name: (key, shapes[name]) for name, key in keys.items()}
+        for name, basis in self._outlined(places) if ahead else self._at_hand(places):
             del missing[name]
             done += 1
             tell(done, len(weights))
@@ -100,29 +105,42 @@ class BasisCache:
                 tell(done, len(weights))
                 yield name, basis
 
-    def _at_hand(
-        self, keys: Mapping[str, Key], weights: Mapping[str, Tensor], ahead: bool
-    ) -> Iterator[tuple[str, Basis]]:
+    def _at_hand(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
+        absent = yield from self._in_memory_of(places)
+        if self._folder is None or not absent:
+            return
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(absent), AT_ONCE):
+                some = absent[start : start + AT_ONCE]
+                for name, basis in zip(some, pool.map(lambda name: self.get(*places[name]), some), strict=True):
+                    if basis is not None:
+                        yield name, basis
+
+    def _outlined(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Basis]]:
+        """Those in memory, then the outlines of those on disk, whose vectors are read from then on."""
+        absent = yield from self._in_memory_of(places)
+        if self._folder is None:
+            return
+        found = []
+        for name in absent:
+            outline = self._folder.outline(*places[name])
+            if outline is not None:
+                found.append(name)
+                yield name, outline
+        for name in found:  # not before: threads that take turns with this one would make it slow
+            self._read_ahead(*places[name])
+
+    def _in_memory_of(self, places: Mapping[str, Place]) -> Generator[tuple[str, Basis], None, list[str]]:
+        """Those in memory; returns the names of the others."""
         absent = []
-        for name, key in keys.items():
+        for name, (key, _) in places.items():
             basis = self._in_memory(key)
             if basis is None:
                 absent.append(name)
             else:
                 yield name, basis
-        if self._folder is None or not absent:
-            return
-        look = self._folder.outline if ahead else self.get
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(absent), AT_ONCE):
-                some = absent[start : start + AT_ONCE]
-                for name, basis in zip(some, pool.map(lambda n: look(keys[n], weights[n].shape), some), strict=True):
-                    if basis is None:
-                        continue
-                    if ahead:
-                        self._read_ahead(keys[name], weights[name].shape)
-                    yield name, basis
+        return absent
 
     def hashes(
         self, weights: Mapping[str, Tensor], owner: object = None, samples: Mapping[str, str] | None = None
@@ -144,16 +162,19 @@ class BasisCache:
                 self._remember(owner, name, samples[name], found[name])
         return found
 
-    def get(self, key: Key, shape: torch.Size) -> Basis | None:
+    def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """The basis of a weight of this shape by its `weight_hash` and decomposition, or None."""
         with self._lock:
             coming = self._coming.get(key)
-        if coming is not None:
+            waiting = coming is not None and coming.cancel()
+            if waiting:  # behind others that nobody asks for yet
+                del self._coming[key]
+        if coming is not None and not waiting:
             coming.result()
         basis = self._in_memory(key)
         return basis if basis is not None or self._folder is None else self._read(key, shape)
 
-    def _read(self, key: Key, shape: torch.Size) -> Basis | None:
+    def _read(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """From the folder into memory."""
         assert self._folder is not None
         basis = self._folder.get(key, shape)
@@ -161,7 +182,7 @@ class BasisCache:
             self._keep(key, basis)
         return basis
 
-    def _read_ahead(self, key: Key, shape: torch.Size) -> None:
+    def _read_ahead(self, key: Key, shape: tuple[int, ...]) -> None:
         def read() -> None:
             try:
                 self._read(key, shape)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -61,15 +62,15 @@ class BasisFolder:
         with contextlib.suppress(OSError):
             self._make_room(0)
 
-    def get(self, key: Key, shape: torch.Size) -> Basis | None:
+    def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """The basis of a weight of this shape, or None."""
         return self._get(key, shape, whole=True)
 
-    def outline(self, key: Key, shape: torch.Size) -> Basis | None:
+    def outline(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """The same without vectors, at a fraction of the bytes."""
         return self._get(key, shape, whole=False)
 
-    def _get(self, key: Key, shape: torch.Size, whole: bool) -> Basis | None:
+    def _get(self, key: Key, shape: tuple[int, ...], whole: bool) -> Basis | None:
         file = self._file(key)
         try:
             basis = _read(file, key, shape, whole)
@@ -149,13 +150,8 @@ class BasisFolder:
                     file.unlink()
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
 @torch.inference_mode(False)
-def _read(file: Path, key: Key, shape: torch.Size, whole: bool) -> Basis:
+def _read(file: Path, key: Key, shape: tuple[int, ...], whole: bool) -> Basis:
     """The basis or outline that a file holds, straight into memory of its own: to map and copy it takes twice as long.
 
     Raises OSError where the file is longer or shorter, or was changed.
@@ -164,15 +160,15 @@ def _read(file: Path, key: Key, shape: torch.Size, whole: bool) -> Basis:
     with open(file, "rb", buffering=0) as stored:
         if os.fstat(stored.fileno()).st_size != 2 * CHECKSUM + kept_bytes(shape, key[1]):
             raise OSError(f"{file} has not the size of a basis of {tuple(shape)}")
-        for names in _parts(kept_form(shape, key[1]))[: 2 if whole else 1]:
-            checksum = stored.read(CHECKSUM)
-            part = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in names.items()}
-            for tensor in part.values():
-                if stored.readinto(_bytes(tensor).data) != tensor.nbytes:
-                    raise OSError(f"{file} became shorter")
-            if checksum != _checksum(key, part):
+        for part in _parts(kept_form(shape, key[1]))[: 2 if whole else 1]:
+            sizes = [math.prod(size) * dtype.itemsize for size, dtype in part.values()]
+            checksum, data = stored.read(CHECKSUM), torch.empty(sum(sizes), dtype=torch.uint8)
+            if stored.readinto(data.numpy().data) != len(data):
+                raise OSError(f"{file} became shorter")
+            if checksum != _checksum(key, data):
                 raise OSError(f"{file} was changed")
-            tensors |= part
+            for (name, (size, dtype)), piece in zip(part.items(), data.split(sizes), strict=True):
+                tensors[name] = piece.view(dtype).view(size)
     return Basis.of(key[1], tensors)
 
 
@@ -182,9 +178,9 @@ def _write(file: Path, key: Key, basis: Basis) -> None:
     try:
         with os.fdopen(handle, "wb") as stored:
             for part in _parts(basis.tensors()):
-                stored.write(_checksum(key, part))
-                for tensor in part.values():
-                    stored.write(_bytes(tensor).data)
+                data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in part.values()])
+                stored.write(_checksum(key, data))
+                stored.write(data.numpy().data)
         os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -198,12 +194,10 @@ def _parts(named: Mapping[str, T]) -> list[dict[str, T]]:
     return [{name: value for name, value in named.items() if name not in vectors}, vectors]
 
 
-def _checksum(key: Key, tensors: Mapping[str, Tensor]) -> bytes:
-    """The sum modulo 2^64 of the tensors' 64-bit words, their last bytes alone, and a number of the key's own, so that
-    a file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
-    total = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
-    for tensor in tensors.values():
-        numbers = _bytes(tensor)
-        words = len(numbers) // 8 * 8
-        total += int(numbers[:words].view(np.uint64).sum()) + int(numbers[words:].sum())
+def _checksum(key: Key, data: Tensor) -> bytes:
+    """The sum modulo 2^64 of 64-bit words, the last bytes alone, and a number of the key's own, so that a file of zeros
+    is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
+    numbers, words = data.numpy(), len(data) // 8 * 8
+    total = int(numbers[:words].view(np.uint64).sum()) + int(numbers[words:].sum())
+    total += int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
     return (total % (1 << 8 * CHECKSUM)).to_bytes(CHECKSUM, "little")

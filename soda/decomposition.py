@@ -314,7 +314,7 @@ def add_spectral_change(
 def spectral_sketch(basis: Basis, delta: Tensor) -> Tensor:
     """`fingerprint.sketch` of the D of a delta `(..., k)`, without D or the weight; `(..., 8, 8)` fp32 on the CPU."""
     assert basis.probes is not None
-    left, right = basis.probes.to(CPU, torch.float64).split(SKETCH_SIZE, -1)
+    left, right = basis.probes.to(CPU).split(SKETCH_SIZE, -1)
     delta = torch.where(basis.live.to(CPU), delta.to(left), 0.0)
     return ((left * delta[..., None]).mT @ right / SKETCH_SIZE).float()
 

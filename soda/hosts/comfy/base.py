@@ -165,8 +165,9 @@ class ModelBases:
         wanted = set(wanted)
         self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
         self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
-        places = ((split_name(layer), kind) for layer, kind in wanted)
-        self.bytes = sum(kept_bytes(part_shape(shapes[key], rows), kind) for (key, rows), kind in places)
+        named = {layer: split_name(layer) for layer in self.weights}
+        self._shapes = {layer: part_shape(shapes[key], rows) for layer, (key, rows) in named.items()}
+        self.bytes = sum(kept_bytes(self._shapes[layer], kind) for layer, kind in wanted)
 
     @property
     def kept(self) -> bool:
@@ -201,6 +202,7 @@ class ModelBases:
                 weights,
                 decomposition,
                 hashes=self.hashes,
+                shapes=self._shapes,
                 device=self._device,
                 progress=_stop_if_cancelled,
                 ahead=ahead,
