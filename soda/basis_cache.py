@@ -3,8 +3,8 @@
 Looking at a weight costs a sample of its numbers while it is known, and one SHA-256 when it is new: 1.9 GB for SDXL in
 fp16, at some 1.5 GB/s a thread.
 
-The folder keeps what takes longer to compute than to read. An SSD gives back some 1 GB/s, checks included: SDXL's lq
-takes 2 s to read, on an H100 as long to decompose, and minutes on a CPU; its svd 3.3 s to read and 8 s on an H100.
+The folder keeps what takes longer to compute than to read, for which READ_RATE stands: what an SSD may give. SDXL's lq,
+1.9 GB, takes an H100 2 s to decompose and a CPU minutes, its svd an H100 8 s.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ THREADS = min(16, os.cpu_count() or 1)  # hashing and reading let other threads 
 AT_ONCE = 4 * THREADS
 READERS = 4  # behind a job that goes on; more would take turns with it
 SAMPLE = 1024
-Place = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
+Wanted = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -89,8 +89,8 @@ class BasisCache:
         tell: Progress = progress or (lambda done, total: None)
         done, missing = 0, dict.fromkeys(weights)
         shapes = {name: tuple(weights[name].shape) for name in weights} if shapes is None else shapes
-        places = {name: (key, shapes[name]) for name, key in keys.items()}
-        for name, basis in self._outlined(places) if ahead else self._at_hand(places):
+        wanted = {name: (key, shapes[name]) for name, key in keys.items()}
+        for name, basis in self._outlined(wanted) if ahead else self._at_hand(wanted):
             del missing[name]
             done += 1
             tell(done, len(weights))
@@ -105,36 +105,36 @@ class BasisCache:
                 tell(done, len(weights))
                 yield name, basis
 
-    def _at_hand(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Basis]]:
+    def _at_hand(self, wanted: Mapping[str, Wanted]) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
-        absent = yield from self._in_memory_of(places)
+        absent = yield from self._in_memory_of(wanted)
         if self._folder is None or not absent:
             return
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(absent), AT_ONCE):
                 some = absent[start : start + AT_ONCE]
-                for name, basis in zip(some, pool.map(lambda name: self.get(*places[name]), some), strict=True):
+                for name, basis in zip(some, pool.map(lambda name: self.get(*wanted[name]), some), strict=True):
                     if basis is not None:
                         yield name, basis
 
-    def _outlined(self, places: Mapping[str, Place]) -> Iterator[tuple[str, Basis]]:
+    def _outlined(self, wanted: Mapping[str, Wanted]) -> Iterator[tuple[str, Basis]]:
         """Those in memory, then the outlines of those on disk, whose vectors are read from then on."""
-        absent = yield from self._in_memory_of(places)
+        absent = yield from self._in_memory_of(wanted)
         if self._folder is None:
             return
         found = []
         for name in absent:
-            outline = self._folder.outline(*places[name])
+            outline = self._folder.outline(*wanted[name])
             if outline is not None:
                 found.append(name)
                 yield name, outline
         for name in found:  # not before: threads that take turns with this one would make it slow
-            self._read_ahead(*places[name])
+            self._read_ahead(*wanted[name])
 
-    def _in_memory_of(self, places: Mapping[str, Place]) -> Generator[tuple[str, Basis], None, list[str]]:
+    def _in_memory_of(self, wanted: Mapping[str, Wanted]) -> Generator[tuple[str, Basis], None, list[str]]:
         """Those in memory; returns the names of the others."""
         absent = []
-        for name, (key, _) in places.items():
+        for name, (key, _) in wanted.items():
             basis = self._in_memory(key)
             if basis is None:
                 absent.append(name)

@@ -33,6 +33,7 @@ def test_weights_are_those_of_the_library(decomposition):
     patched, _, report = apply(model, [(one, 0.7)])
     after = loaded_weights(patched)
     assert report.changed == len(one.layers) and not report.unmatched and not report.warnings
+    assert all(patched.model.get_parameter(key).is_contiguous() for key in attention_weights(model).values())
     for layer, key in attention_weights(model).items():
         bases = {} if decomposition == "none" else {decomposition: decompose(base[key], decomposition)}
         expected = adapt(base[key], [term.scaled(0.7) for term in one.layers[layer]], bases)

@@ -62,8 +62,9 @@ class SodaWeightAdapter(WeightAdapterBase):
         repeated = intermediate_dtype == weight.dtype != torch.float32
         adapted = fold.adapted(layer, weight.reshape(matrix_shape(weight.shape)), strength, repeated)
         adapted = adapted.reshape(weight.shape)
-        # With an offset core drops the returned tensor and keeps its own, hence in place.
-        return adapted if offset is None and adapted.dtype == weight.dtype else weight.copy_(adapted)
+        # With an offset core drops the returned tensor and keeps its own, hence in place; and models keep their layout.
+        own = offset is None and adapted.dtype == weight.dtype and adapted.is_contiguous()
+        return adapted if own else weight.copy_(adapted)
 
 
 def attached(patcher: ModelPatcher) -> Parts:
