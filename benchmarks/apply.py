@@ -14,7 +14,7 @@ last weight patched, in seconds, the median where there are several:
 With --dynamic ComfyUI's dynamic VRAM is on, its default on NVIDIA: weights come to the device and are patched when they
 are first used, so that each figure has a small forward in it; for `step` all but 4 GiB of the device are taken.
 
-    PYTHONPATH=path/to/ComfyUI python benchmarks/apply.py [--device cuda] [--small] [--dynamic] [--turns]
+    PYTHONPATH=path/to/ComfyUI python benchmarks/apply.py [--device cuda] [--small] [--dynamic] [--turns strength]
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ from apply_sides import SMALL, Case, Core, Soda, dynamic_vram
 from train_step import MODELS, load_pack
 
 SIDES = {"core LoRA r32": "lora", "SODA rotation": "none", "SODA lq": "lq", "SODA svd": "svd"}
+WARM_UP = 3  # forwards or changes of strength
 ROUNDS = 5
 LITTLE = 4 << 30  # bytes of the device's memory for `step` with dynamic VRAM
 
 
 def seconds(device: torch.device, run: Callable[[], Any]) -> float:
+    """Garbage goes first: core leaves 16,000 objects in cycles whenever it patches SDXL, and Python looks for such
+    among all it has, a fifth of a second, at a moment that is chance."""
+    gc.collect()
     _wait(device)
     start = time.perf_counter()
     run()
@@ -48,44 +52,44 @@ def seconds(device: torch.device, run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(kind: str, case: Case) -> dict[str, float]:
+def put(case: Case, side: Any, model: Any, weights: list[float]) -> float:
+    return seconds(case.device, lambda: load(case, side.apply(model, weights)))
+
+
+def load(case: Case, model: Any) -> None:
     import comfy.model_management
 
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    if model.is_dynamic():
+        forward(case, model, 16)
+
+
+def fresh(case: Case, side: Any, weights: list[float]) -> tuple[float, Any]:
+    """On a model that was just loaded and is on the device."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    model = case.patcher()
+    load(case, model)
+    return put(case, side, model, weights), model
+
+
+def measure(kind: str, case: Case) -> dict[str, float]:
     side: Any = (Core if kind == "lora" else Soda)(case.files(kind, 8))
-
-    def put(model: Any, weights: list[float]) -> float:
-        def run() -> Any:
-            patched = side.apply(model, weights)
-            load(patched)
-
-        return seconds(case.device, run)
-
-    def load(model: Any) -> None:
-        comfy.model_management.load_models_gpu([model], force_full_load=True)
-        if model.is_dynamic():
-            forward(case, model, 16)
-
-    def fresh(weights: list[float]) -> tuple[float, Any]:
-        """On a model that was just loaded and is on the device."""
-        comfy.model_management.unload_all_models()
-        gc.collect()
-        model = case.patcher()
-        load(model)
-        return put(model, weights), model
-
     row: dict[str, float] = {}
-    warm_up, _ = fresh([1.0])  # libraries load
+    warm_up, _ = fresh(case, side, [1.0])  # libraries load
     side.forget("disk")
-    row["first"], _ = fresh([1.0])
+    row["first"], _ = fresh(case, side, [1.0])
     if kind != "lora":
         side.cache.flush()
-    row["memory"], model = fresh([1.0])
+    row["memory"], model = fresh(case, side, [1.0])
     if kind != "lora":
         side.forget("memory")
-        row["disk"], model = fresh([1.0])
-    row["strength"] = statistics.median(put(model, [0.5 + 0.1 * i]) for i in range(ROUNDS))
-    put(model, [0.3] * 8)
-    row["mix"] = statistics.median(put(model, [0.1 * i] + [0.3] * 7) for i in range(1, ROUNDS + 1))
+        row["disk"], model = fresh(case, side, [1.0])
+    row["strength"] = statistics.median(put(case, side, model, [0.5 + 0.1 * i]) for i in range(ROUNDS))
+    put(case, side, model, [0.3] * 8)
+    row["mix"] = statistics.median(put(case, side, model, [0.1 * i] + [0.3] * 7) for i in range(1, ROUNDS + 1))
     numbers = sum(shape.numel() for shape in case.shapes().values())
     row["ram"] = side.bytes() / numbers
     row["step"] = low_vram_step(case, side.apply(model, [1.0]))
@@ -118,42 +122,41 @@ def low_vram_step(case: Case, patched: Any) -> float:
         patched.patch_model(case.device, lowvram_model_memory=1)
         assert patched.model.model_lowvram and bool(patched.model.lowvram_patch_counter) == bool(patched.patches)
     size = 16 if case.small else 128
-    times = [seconds(case.device, lambda: forward(case, patched, size)) for _ in range(3 + ROUNDS)]
+    times = [seconds(case.device, lambda: forward(case, patched, size)) for _ in range(WARM_UP + ROUNDS)]
     if patched.is_dynamic():
         print(f"{patched.loaded_size() / 2**30:.1f} GiB of weights on the device", file=sys.stderr)
         del taken
         comfy.model_management.unload_all_models()
     else:
         patched.unpatch_model(torch.device("cpu"))
-    return statistics.median(times[3:])
+    return statistics.median(times[WARM_UP:])
 
 
-def in_turn(case: Case) -> None:
-    """`strength` and `step` of all sides on one model in turn: both hang on the host's memory, which differs from
-    minute to minute."""
-    import comfy.model_management
-
-    model = case.patcher()
+def in_turn(case: Case, what: str) -> None:
+    """`strength`, `disk` or `step` of all sides in one process in turn: they hang on the host's memory, which differs
+    from minute to minute. For `disk` core reads its file too."""
     sides: dict[str, Any] = {t: (Core if k == "lora" else Soda)(case.files(k, 1)) for t, k in SIDES.items()}
-
-    def strength(side: Any, number: float) -> float:
-        def run() -> None:
-            comfy.model_management.load_models_gpu([side.apply(model, [number])], force_full_load=True)
-
-        return seconds(case.device, run)
-
-    strengths: dict[str, list[float]] = {title: [] for title in sides}
-    for i in range(3 + ROUNDS):
-        for title, side in sides.items():
-            strengths[title].append(strength(side, 0.5 + 0.1 * i))
-    print_ratios("strength", {title: measured[3:] for title, measured in strengths.items()})
-
-    patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
-    steps: dict[str, list[float]] = {title: [] for title in patched}
-    for _ in range(ROUNDS):
-        for title, one in patched.items():
-            steps[title].append(low_vram_step(case, one))
-    print_ratios("step", steps)
+    times: dict[str, list[float]] = {title: [] for title in sides}
+    model = case.patcher()
+    if what == "strength":
+        for i in range(WARM_UP + ROUNDS):
+            for title, side in sides.items():
+                times[title].append(put(case, side, model, [0.5 + 0.1 * i]))
+    elif what == "disk":
+        for side in sides.values():
+            fresh(case, side, [1.0])
+        sides["SODA lq"].cache.flush()
+        for _ in range(ROUNDS):
+            for title, side in sides.items():
+                side.forget("memory")
+                times[title].append(fresh(case, side, [1.0])[0])
+    else:
+        patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
+        times = {title: [] for title in patched}
+        for _ in range(ROUNDS):
+            for title, one in patched.items():
+                times[title].append(low_vram_step(case, one))
+    print_ratios(what, {title: measured[-ROUNDS:] for title, measured in times.items()})
 
 
 def print_ratios(what: str, times: dict[str, list[float]]) -> None:
@@ -174,7 +177,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
-    parser.add_argument("--turns", action="store_true", help="`strength` and `step`, all sides in turn in this process")
+    parser.add_argument("--turns", choices=("strength", "disk", "step"), help="this, all sides in turn in one process")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -188,7 +191,7 @@ def main() -> None:
             args.base_directory = folder
             with torch.inference_mode():  # as ComfyUI runs nodes
                 case = Case(device, arguments.small, Path(folder))
-                print(json.dumps(measure(arguments.side, case))) if arguments.side else in_turn(case)
+                print(json.dumps(measure(arguments.side, case))) if arguments.side else in_turn(case, arguments.turns)
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")

@@ -94,7 +94,7 @@ class Core:
         self.files, self.known = files, {}
 
     def forget(self, what: str) -> None:
-        self.known = {}
+        self.known.clear()
 
     def apply(self, model: Any, weights: list[float]) -> Any:
         import comfy.sd

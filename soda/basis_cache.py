@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -35,6 +35,7 @@ THREADS = min(16, os.cpu_count() or 1)  # hashing and reading let other threads 
 AT_ONCE = 4 * THREADS
 READERS = 4  # behind a job that goes on; more would take turns with it
 SAMPLE = 1024
+STAGED = 4 << 20  # bytes
 Wanted = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -71,11 +72,11 @@ class BasisCache:
         device: torch.device = CPU,
         working_set: int = WORKING_SET,
         progress: Progress | None = None,
-        ahead: bool = False,
+        outlines: bool = False,
     ) -> Iterator[tuple[str, Basis]]:
         """(name, basis) of every weight, as kept and on the CPU: those at hand first, then the others.
 
-        With `ahead` those on disk are given as outlines; their vectors are read meanwhile, and `get` waits for them.
+        With `outlines` those on disk are given without their vectors, which `get` reads, and `read_ahead` earlier.
 
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
         weights again of which a sample has not changed. hashes: what `hashes` gave for them. shapes: theirs, where to
@@ -90,7 +91,7 @@ class BasisCache:
         done, missing = 0, dict.fromkeys(weights)
         shapes = {name: tuple(weights[name].shape) for name in weights} if shapes is None else shapes
         wanted = {name: (key, shapes[name]) for name, key in keys.items()}
-        for name, basis in self._outlined(wanted) if ahead else self._at_hand(wanted):
+        for name, basis in self._outlined(wanted) if outlines else self._at_hand(wanted):
             del missing[name]
             done += 1
             tell(done, len(weights))
@@ -118,18 +119,14 @@ class BasisCache:
                         yield name, basis
 
     def _outlined(self, wanted: Mapping[str, Wanted]) -> Iterator[tuple[str, Basis]]:
-        """Those in memory, then the outlines of those on disk, whose vectors are read from then on."""
+        """Those in memory, then the outlines of those on disk."""
         absent = yield from self._in_memory_of(wanted)
         if self._folder is None:
             return
-        found = []
         for name in absent:
             outline = self._folder.outline(*wanted[name])
             if outline is not None:
-                found.append(name)
                 yield name, outline
-        for name in found:  # not before: threads that take turns with this one would make it slow
-            self._read_ahead(*wanted[name])
 
     def _in_memory_of(self, wanted: Mapping[str, Wanted]) -> Generator[tuple[str, Basis], None, list[str]]:
         """Those in memory; returns the names of the others."""
@@ -143,23 +140,25 @@ class BasisCache:
         return absent
 
     def hashes(
-        self, weights: Mapping[str, Tensor], owner: object = None, samples: Mapping[str, str] | None = None
+        self, weights: Mapping[str, Tensor], owner: object = None, seen: Mapping[str, str] | None = None
     ) -> dict[str, str]:
         """`weight_hash` of every weight; see `bases` for the owner.
 
-        `samples`: a digest of each weight that changes with it, where looking at the weight itself costs more.
+        seen: a digest of each weight that changes with it, where looking at the weight itself costs more.
         """
-        if samples is None:
-            samples = {} if owner is None else {name: sample(weight) for name, weight in weights.items()}
-        known = {name: self._known.get((id(owner), name)) for name in samples}
-        found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == samples[n]}
+        if seen is None:
+            seen = {} if owner is None else dict(zip(weights, samples(list(weights.values())), strict=True))
+        known = {name: self._known.get((id(owner), name)) for name in seen}
+        found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == seen[n]}
         new = [name for name in weights if name not in found]
         if new:
+            shares = [new[start::THREADS] for start in range(THREADS)]
             with ThreadPoolExecutor(THREADS) as pool:
-                found.update(zip(new, pool.map(lambda name: weight_hash(weights[name]), new), strict=True))
+                for hashed in pool.map(lambda names: [(name, weight_hash(weights[name])) for name in names], shares):
+                    found.update(hashed)
         if owner is not None:
             for name in new:
-                self._remember(owner, name, samples[name], found[name])
+                self._remember(owner, name, seen[name], found[name])
         return found
 
     def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
@@ -182,17 +181,23 @@ class BasisCache:
             self._keep(key, basis)
         return basis
 
-    def _read_ahead(self, key: Key, shape: tuple[int, ...]) -> None:
-        def read() -> None:
+    def read_ahead(self, wanted: Iterable[Wanted]) -> None:
+        """Read these from the folder into memory while the caller goes on, the first ones first; `get` waits for what
+        is being read. The caller and the readers take turns: worth it where it mostly waits for something else."""
+
+        def read(key: Key, shape: tuple[int, ...]) -> None:
             try:
                 self._read(key, shape)
             finally:
                 with self._lock:
                     del self._coming[key]
 
+        if self._folder is None:
+            return
         with self._lock:
-            if key not in self._coming:
-                self._coming[key] = self._readers.submit(read)
+            for key, shape in wanted:
+                if key not in self._coming and key not in self._kept:
+                    self._coming[key] = self._readers.submit(read, key, shape)
 
     def _in_memory(self, key: Key) -> Basis | None:
         with self._lock:
@@ -265,13 +270,41 @@ def weight_hash(weight: Tensor) -> str:
 
     Half the bytes of `fingerprint.tensor_hash` for a 16 bit weight; the same numbers in fp32 are another key.
     """
-    return _digest(weight, weight)
+    digest = hashlib.sha256(_kind(weight))
+    numbers = weight.detach().reshape(-1).view(torch.uint8)
+    if weight.is_cuda:  # through little memory that is pinned, for new pages take longer than the copy into them
+        staged = torch.empty(min(STAGED, len(numbers)), dtype=torch.uint8, pin_memory=True)
+        for piece in numbers.split(STAGED):
+            digest.update(staged[: len(piece)].copy_(piece).numpy().data)
+    else:
+        digest.update(numbers.to(CPU).numpy().data)
+    return digest.hexdigest()
 
 
-def sample(weight: Tensor) -> str:
-    """A digest of dtype, shape and some thousand spread numbers: tells a changed weight from the same one."""
-    flat = weight.reshape(-1)
-    return _digest(weight, flat if flat.numel() <= SAMPLE else flat[_places(flat.numel(), flat.device)])
+def samples(weights: Sequence[Tensor]) -> list[str]:
+    """For each a digest of dtype, shape and some thousand spread numbers: tells a changed weight from the same one.
+
+    One look at a device, not one for each.
+    """
+    alike: dict[tuple, list[int]] = {}
+    for index, weight in enumerate(weights):
+        alike.setdefault((weight.dtype, weight.device, min(weight.numel(), SAMPLE)), []).append(index)
+    digests = [""] * len(weights)
+    for members in alike.values():
+        spread = torch.stack([_spread(weights[index].detach()) for index in members]).to(CPU).numpy()
+        for index, numbers in zip(members, spread, strict=True):
+            digests[index] = hashlib.sha256(_kind(weights[index]) + numbers.tobytes()).hexdigest()
+    return digests
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """The bytes of a sample."""
+    flat, count = weight.reshape(-1), weight.numel()
+    if weight.element_size() == 1:
+        flat = flat.view(torch.uint8)  # few operations know 8 bit floats
+    return (flat.contiguous() if count <= SAMPLE else flat.index_select(0, _places(count, flat.device))).view(
+        torch.uint8
+    )
 
 
 @lru_cache(maxsize=64)
@@ -281,7 +314,5 @@ def _places(count: int, device: torch.device) -> Tensor:
         return (torch.arange(SAMPLE, dtype=torch.float64) * GOLDEN % 1 * count).long().to(device)
 
 
-def _digest(weight: Tensor, numbers: Tensor) -> str:
-    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    digest.update(numbers.detach().to(CPU).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _kind(weight: Tensor) -> bytes:
+    return f"{weight.dtype} {tuple(weight.shape)}".encode()

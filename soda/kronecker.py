@@ -115,19 +115,24 @@ def compact(factors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """x R^T, in x's dtype, for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions.
+    """x R^T, in x's dtype, for x `(..., m, N)` and factors `(..., n_j, n_j)` of the same leading dimensions."""
+    return rotate_compact(x, [part.to(x.dtype) for part in compact(factors, x.device)])
+
+
+def rotate_compact(x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """x R^T for the `compact` form of R on x's device, in x's dtype.
 
     As R = A x B of `halves`: a row as a matrix X (a, b) turns to A X B^T, a + b products per number instead of N. More
     passes would save products and cost more in copies. Small N goes through the dense R.
     """
-    parts = compact(factors, x.device)
     if len(parts) == 1:
-        return x @ parts[0].to(x.dtype).mT
-    a, b = (part.shape[-1] for part in parts)
-    first, second = (part.to(x.dtype) for part in parts)
-    turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
+        return x @ parts[0].mT
+    first, second = parts
+    a, b = first.shape[-1], second.shape[-1]
     if x.dim() == 2 and (b >= BATCHED_COLUMNS if x.device.type == "cpu" else a <= BATCHED_ROWS):
-        return (first.unsqueeze(-3) @ turned).reshape(x.shape)  # without moving a number
+        turned = torch.mm(x.reshape(-1, b), second.mT).view(-1, a, b)
+        return torch.bmm(first.expand(len(x), a, a), turned).view(x.shape)  # without moving a number
+    turned = (x.reshape(*x.shape[:-2], -1, b) @ second.mT).reshape(*x.shape[:-1], a, b)
     turned = turned.mT.reshape(*x.shape[:-2], -1, a) @ first.mT
     return turned.reshape(*x.shape[:-1], b, a).mT.reshape(x.shape)
 

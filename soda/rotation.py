@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Layer
-from .kronecker import compact, expm_factors, kronecker_sum, rotate
+from .kronecker import compact, expm_factors, kronecker_sum, rotate_compact
 from .precision import CPU, has_fp64
 
 Logs = tuple[Tensor, ...]  # strict upper triangles, fp64
@@ -24,10 +24,15 @@ Form = tuple[int, ...]  # factor sizes
 
 @dataclass(frozen=True)
 class Rotation:
-    """R of one side of a weight: its factors, or `unlike` logarithms by factor sizes; neither for the identity."""
+    """R of one side of a weight: its `compact` factors, or `unlike` logarithms by factor sizes; neither for the
+    identity."""
 
     factors: tuple[Tensor, ...] = ()
     unlike: tuple[tuple[Form, Logs], ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether it turns anything."""
+        return bool(self.factors or self.unlike)
 
     def made(self, like: Tensor) -> tuple[Tensor, ...]:
         """The factors; of unlike sizes one, the dense R in the dtype and on the device of `like`."""
@@ -39,8 +44,7 @@ class Rotation:
 
     def turn(self, x: Tensor) -> Tensor:
         """x R^T."""
-        factors = self.made(x)
-        return rotate(x, factors) if factors else x
+        return rotate_compact(x, self.made(x)) if self else x
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Rotations:
 
     def turned(self, weight: Tensor) -> Tensor:
         """output W input^T of a W `(out, in)`."""
-        return self.output.turn(self.input.turn(weight).mT).mT
+        turned = self.input.turn(weight)
+        return self.output.turn(turned.mT).mT if self.output else turned
 
 
 def rotations(
@@ -64,6 +69,8 @@ def rotations(
     for name, terms in layers.items():
         for side in ("input", "output"):
             sums = _summed([term for term in terms if term.side == side])
+            if len(sums) > 1:
+                sums = {form: logs for form, logs in sums.items() if any(log.count_nonzero() for log in logs)}
             if len(sums) == 1:
                 ((form, logs),) = sums.items()
                 alike.setdefault(form, {})[name, side] = logs
@@ -71,22 +78,47 @@ def rotations(
                 scaled = ((form, tuple(log * strength for log in logs)) for form, logs in sorted(sums.items()))
                 found[name, side] = Rotation(unlike=tuple(scaled))
     place = device if has_fp64(device) else CPU
+    stacks = {
+        form: [torch.stack(logs).double() for logs in zip(*members.values(), strict=True)]
+        for form, members in alike.items()
+    }
+    factors = _exponentials(stacks, strength, place)
     for form, members in alike.items():
-        stacks = [torch.stack(logs).to(place) * strength for logs in zip(*members.values(), strict=True)]
-        parts = [part.to(device, dtype) for part in compact(expm_factors(stacks, form), device)]
-        for where, factors in zip(members, zip(*parts, strict=True), strict=True):
-            found[where] = Rotation(factors)
+        turning = torch.cat(stacks[form], 1).any(1).tolist()
+        parts = [part.to(device, dtype).unbind() for part in compact(factors[form], device)]
+        for where, turns, *of_one in zip(members, turning, *parts, strict=True):
+            if turns:
+                found[where] = Rotation(tuple(of_one))
     return {
         name: Rotations(found.get((name, "input"), Rotation()), found.get((name, "output"), Rotation()))
         for name in layers
     }
 
 
+def _exponentials(
+    stacks: Mapping[Form, Sequence[Tensor]], strength: float, place: torch.device
+) -> dict[Form, list[Tensor]]:
+    """The factors of R by form, from stacks of the logarithms of each: one exponential for all matrices of a size."""
+    by_size: dict[int, list[tuple[Form, int]]] = {}
+    for form in stacks:
+        for j, n in enumerate(form):
+            by_size.setdefault(n, []).append((form, j))
+    factors: dict[Form, list[Tensor]] = {form: [torch.empty(0)] * len(form) for form in stacks}
+    for n, where in by_size.items():
+        logs = [stacks[form][j] for form, j in where]
+        (together,) = expm_factors([torch.cat(logs).to(place) * strength], [n])
+        for (form, j), part in zip(where, together.split([len(log) for log in logs]), strict=True):
+            factors[form][j] = part
+    return factors
+
+
 def _summed(terms: Sequence[Layer]) -> dict[Form, Logs]:
-    """The logarithms of terms by factor sizes, without those that do not turn."""
+    """The logarithms of terms by factor sizes, in fp64 where there are several terms."""
+    if len(terms) == 1:
+        return {terms[0].sizes: terms[0].logs}
     sums: dict[Form, Logs] = {}
     for term in terms:
-        logs = tuple(log.to(CPU, torch.float64) for log in term.logs)
+        logs = tuple(log.double() for log in term.logs)
         known = sums.get(term.sizes)
         sums[term.sizes] = logs if known is None else tuple(a + b for a, b in zip(known, logs, strict=True))
-    return {form: logs for form, logs in sums.items() if any(log.count_nonzero() for log in logs)}
+    return sums

@@ -60,7 +60,7 @@ def test_an_outline_may_be_good_where_the_vectors_are_not(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     key = weight_hash(weights["layer0"]), "lq"
     cache = BasisCache(folder=tmp_path)
-    assert same(dict(cache.bases(weights, "lq", ahead=True))["layer0"], first["layer0"].outline())
+    assert same(dict(cache.bases(weights, "lq", outlines=True))["layer0"], first["layer0"].outline())
     assert cache.get(key, torch.Size((6, 9))) is None
     assert filled(cache, weights) and same(cache.get(key, torch.Size((6, 9))), first["layer0"])
 

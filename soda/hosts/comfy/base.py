@@ -7,6 +7,8 @@ Decompositions are computed from those originals and shared by all adapters and 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from comfy.utils import get_attr
 
 from ...adapter import Decomposition, split_rows
 from ...bases import Some
-from ...basis_cache import BasisCache, sample
-from ...decomposition import Basis, Key, kept_bytes
+from ...basis_cache import BasisCache, Wanted, samples
+from ...decomposition import Basis, kept_bytes
 from .quantised import dequantised_gguf, is_gguf, stored_parts, with_parts
 from .settings import basis_bounds
 
@@ -34,6 +36,7 @@ def bounded_cache() -> BasisCache:
     return CACHE
 
 
+@lru_cache(maxsize=1 << 14)
 def split_name(layer: str) -> tuple[str, tuple[int, int] | None]:
     """`path` or `path[a:b]` -> (state dict key, rows a to b of a fused weight or None)."""
     path, rows = split_rows(layer)
@@ -126,7 +129,9 @@ class UnpatchedWeights(Mapping[str, torch.Tensor]):
     def samples(self) -> dict[str, str]:
         """Layer -> a digest that tells a changed weight from the same one; unpacks none."""
         keys = {layer: (patcher, split_name(layer)[0]) for layer, patcher in self.layers.items()}
-        found = {place: " ".join(map(sample, stored_parts(_stored(*place)[0]))) for place in set(keys.values())}
+        parts = {place: stored_parts(_stored(*place)[0]) for place in dict.fromkeys(keys.values())}
+        digests = iter(samples([part for stored in parts.values() for part in stored]))
+        found = {place: " ".join(islice(digests, len(stored))) for place, stored in parts.items()}
         return {layer: found[place] for layer, place in keys.items()}
 
 
@@ -184,18 +189,20 @@ class ModelBases:
             "made anew whenever the model is loaded."
         ]
 
-    def key(self, layer: str, decomposition: Decomposition) -> Key:
-        return self.hashes[layer], decomposition
+    def wanted(self, place: Place) -> Wanted:
+        """What the cache knows the basis by."""
+        layer, decomposition = place
+        return (self.hashes[layer], decomposition), self._shapes[layer]
 
     def outlines(self, places: Collection[Place]) -> dict[Place, Basis]:
-        """At least the outlines of some of them. Where they are kept, vectors that lie on disk come meanwhile."""
+        """At least the outlines of some of them."""
         missing = [place for place in places if place not in self._outlines]
-        for place, basis in self.each(missing, ahead=self.kept):
+        for place, basis in self.each(missing, outlines=self.kept):
             self._outlines[place] = basis if self.kept else basis.outline()
         return {place: self._outlines[place] for place in places}
 
-    def each(self, places: Collection[Place], ahead: bool = False) -> Iterator[tuple[Place, Basis]]:
-        """((layer, decomposition), basis) of some of them, from the cache or computed now; see there for `ahead`."""
+    def each(self, places: Collection[Place], outlines: bool = False) -> Iterator[tuple[Place, Basis]]:
+        """((layer, decomposition), basis) of some of them, from the cache or computed now; `outlines` as there."""
         for decomposition in sorted({kind for _, kind in places}):
             weights = Some(self.weights, (layer for layer, kind in sorted(places) if kind == decomposition))
             found = self._cache.bases(
@@ -205,7 +212,7 @@ class ModelBases:
                 shapes=self._shapes,
                 device=self._device,
                 progress=_stop_if_cancelled,
-                ahead=ahead,
+                outlines=outlines,
             )
             for layer, basis in found:
                 yield (layer, decomposition), basis

@@ -13,8 +13,8 @@ import torch
 
 from ...adapter import Adapter, Layer
 from ...errors import SodaMixError
-from ...fingerprint import joint_hash, relative_error, tensor_hash
-from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, sketches
+from ...fingerprint import joint_hash, tensor_hash
+from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, spectrum_error
 from .base import ModelBases, part_shape, split_name
 
 REMEMBERED = 1000
@@ -94,17 +94,14 @@ def spectrum_errors(parts: Parts, bases: ModelBases) -> list[float | None]:
     if len(_ERRORS) > REMEMBERED:
         _ERRORS.clear()
     keys = [_sketched_on(adapter, layers, bases) for adapter, layers in parts]
-    unknown: dict[str, Mapping[str, tuple[Layer, ...]]] = {
-        key: layers for key, (_, layers) in zip(keys, parts, strict=True) if key not in _ERRORS
+    unknown = {
+        key: [((name, term.decomposition), term) for name, term in _sketched(layers)]
+        for key, (_, layers) in zip(keys, parts, strict=True)
+        if key not in _ERRORS
     }
-    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {key: [] for key in unknown}
-    places = {(name, term.decomposition) for layers in unknown.values() for name, term in _sketched(layers)}
-    for (name, decomposition), basis in bases.outlines(places).items():
-        for key, layers in unknown.items():
-            for term in layers.get(name, ()):
-                if term.decomposition == decomposition and term.delta is not None and term.sketch is not None:
-                    pairs[key].append(sketches(term, basis))
-    _ERRORS.update({key: relative_error(found) for key, found in pairs.items()})
+    outlines = bases.outlines({place for terms in unknown.values() for place, _ in terms})
+    for key, terms in unknown.items():
+        _ERRORS[key] = spectrum_error((term, outlines[place]) for place, term in terms)
     return [_ERRORS[key] for key in keys]
 
 

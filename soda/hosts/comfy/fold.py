@@ -13,6 +13,7 @@ would send over the bus each time.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,9 @@ from torch import Tensor
 from ...adapt import Spectrum, changed
 from ...adapter import Adapter, Layer
 from ...bases import decompose_all, to_keep
+from ...basis_cache import Wanted
 from ...compressed import Compressed
-from ...decomposition import Basis, Key, add_spectral_change
+from ...decomposition import Basis, add_spectral_change
 from ...precision import CPU
 from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases, Place
@@ -48,7 +50,7 @@ class Fold:
 
     mix: Adapter
     bases: dict[Place, Basis]
-    keys: Mapping[Place, Key]  # of all bases needed
+    wanted: Mapping[Place, Wanted]  # all bases needed
     _ready: dict[tuple[float, torch.device], dict[str, Ready]] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
@@ -60,7 +62,7 @@ class Fold:
         }
         found = bases.outlines(needed) if bases.kept else {}
         live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
-        return cls(replace(mix, layers=live), found, {place: bases.key(*place) for place in needed})
+        return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed})
 
     def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
         """The `weight` (out, in) of one layer adapted, fp32, perhaps in its memory; `repeated`: it is asked for in
@@ -78,14 +80,14 @@ class Fold:
         """D of one layer at strength 1, on the weight's device."""
         kept = self._changes.get(name)
         if kept is not None:
-            return kept._replace(data=on_device(kept.data, weight.device))
+            return kept._replace(data=on_device(kept.data, weight.device, pinned=True))
         deltas = [
             term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
             for term in self.mix.layers[name]
         ]
         base = weight.float()
         total = torch.zeros_like(base)
-        for spectrum in self._spectra(name, deltas, base, keep=False):
+        for spectrum in self._spectra(name, deltas, base, keep=False, pinned=False):
             add_spectral_change(total, *spectrum, base)
         change = Compressed.of(total)
         if again:
@@ -98,9 +100,16 @@ class Fold:
         if place not in self._ready:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
+            self._read_ahead()
             self._ready[place] = _prepare(self.mix.layers, strength, device)
         self._use()
         return self._ready[place][name]
+
+    def _read_ahead(self) -> None:
+        """Vectors on disk come while ComfyUI moves weights, which it does from the largest on."""
+        outlined = [place for place, basis in self.bases.items() if not basis.whole]
+        outlined.sort(key=lambda place: (math.prod(self.wanted[place][1]), place[0]), reverse=True)
+        CACHE.read_ahead(self.wanted[place] for place in outlined)
 
     def _use(self) -> None:
         """Be the last one used, and let go of what is ready in the one that was not used for longest."""
@@ -111,8 +120,11 @@ class Fold:
             fold._ready.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
-    def _spectra(self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool) -> list[Spectrum]:
-        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`."""
+    def _spectra(
+        self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool, pinned: bool | None = None
+    ) -> list[Spectrum]:
+        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`.
+        `pinned`: see `on_device`."""
         found = []
         for term, delta in zip(self.mix.layers[name], deltas, strict=True):
             if delta is None:
@@ -125,19 +137,22 @@ class Fold:
                 if keep or outlined:
                     self.bases[place] = basis
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
-            left, right = (None if s is None else on_device(s, weight.device) for s in (basis.left, basis.right))
+            left, right = (
+                None if side is None else on_device(side, weight.device, pinned) for side in (basis.left, basis.right)
+            )
             found.append(Spectrum(term.decomposition, left, right, delta))
         return found
 
     def _remade(self, place: Place, weight: Tensor, outlined: bool) -> Basis:
         """From memory, from the disk, or computed; an `outlined` one was on disk and, if it has to be computed, is not
         any more."""
-        basis = CACHE.get(self.keys[place], weight.shape)
+        key, shape = self.wanted[place]
+        basis = CACHE.get(key, shape)
         if basis is None:
             ((_, computed),) = decompose_all({"": weight}, place[1], device=weight.device, keep=True)
             basis = to_keep(computed)
             if outlined:
-                CACHE.put(self.keys[place], basis)
+                CACHE.put(key, basis)
         return basis
 
 

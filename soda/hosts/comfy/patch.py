@@ -130,7 +130,7 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
                                                    (n, t.decomposition) in wanted})))  # fmt: skip
     merged = replace(mixed, layers={name: terms for name, terms in mixed.layers.items() if name not in beside})
     fold = Fold.of(merged, bases)
-    report.warnings += bases.warnings() if fold.keys else []
+    report.warnings += bases.warnings() if fold.wanted else []
     patches = {}
     for name in merged.layers:
         key, rows = split_name(name)

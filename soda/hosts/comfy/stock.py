@@ -32,12 +32,12 @@ from torch import Tensor
 from ...adapt import adapt
 from ...adapter import Decomposition, Layer, split_rows
 from ...bases import decompose_all, to_keep
-from ...basis_cache import sample, weight_hash
+from ...basis_cache import samples, weight_hash
 from ...decomposition import Basis, Key, vector_dtype
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
 from ...fit import REFUSED_ERROR, SILENT_ERROR, rotation_only, spectrum_error
-from ...kronecker import compact, expm_factors, rotate
+from ...kronecker import compact, expm_factors, rotate_compact
 from ...precision import CPU
 from .base import CACHE, bounded_cache, matrix_shape
 from .pinned import on_device
@@ -133,7 +133,7 @@ class StockAdapter(WeightAdapterBase):
         self.weights[0].tell("in bypass mode")
         result: Any = None
         for rows, back in self._back(x):
-            out = org_forward(rotate(x.flatten(0, -2), back).reshape(x.shape), *args, **kwargs)
+            out = org_forward(rotate_compact(x.flatten(0, -2), back).reshape(x.shape), *args, **kwargs)
             if rows is None:
                 return out
             result = org_forward(x, *args, **kwargs) if result is None else result
@@ -206,7 +206,7 @@ class _File:
         """(the layer, or its rotation alone; the basis that it needs) on a weight (out, in), fp32."""
         if layer.delta is None or layer.is_zero():
             return layer, {}
-        seen = sample(weight)
+        (seen,) = samples([weight])
         if seen in self.unfit:
             return rotation_only({"": (layer,)})[""][0], {}
         again, basis = seen in met.bases, met.bases.get(seen)
