@@ -132,31 +132,31 @@ def low_vram_step(case: Case, patched: Any) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def in_turn(case: Case, what: str) -> None:
+def in_turn(case: Case, what: str, rounds: int) -> None:
     """`strength`, `disk` or `step` of all sides in one process in turn: they hang on the host's memory, which differs
     from minute to minute. For `disk` core reads its file too."""
     sides: dict[str, Any] = {t: (Core if k == "lora" else Soda)(case.files(k, 1)) for t, k in SIDES.items()}
     times: dict[str, list[float]] = {title: [] for title in sides}
     model = case.patcher()
     if what == "strength":
-        for i in range(WARM_UP + ROUNDS):
+        for i in range(WARM_UP + rounds):
             for title, side in sides.items():
                 times[title].append(put(case, side, model, [0.5 + 0.1 * i]))
     elif what == "disk":
         for side in sides.values():
             fresh(case, side, [1.0])
         sides["SODA lq"].cache.flush()
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for title, side in sides.items():
                 side.forget("memory")
                 times[title].append(fresh(case, side, [1.0])[0])
     else:
         patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
         times = {title: [] for title in patched}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for title, one in patched.items():
                 times[title].append(low_vram_step(case, one))
-    print_ratios(what, {title: measured[-ROUNDS:] for title, measured in times.items()})
+    print_ratios(what, {title: measured[-rounds:] for title, measured in times.items()})
 
 
 def print_ratios(what: str, times: dict[str, list[float]]) -> None:
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
     parser.add_argument("--turns", choices=("strength", "disk", "step"), help="this, all sides in turn in one process")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the turns")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -191,7 +192,9 @@ def main() -> None:
             args.base_directory = folder
             with torch.inference_mode():  # as ComfyUI runs nodes
                 case = Case(device, arguments.small, Path(folder))
-                print(json.dumps(measure(arguments.side, case))) if arguments.side else in_turn(case, arguments.turns)
+                print(json.dumps(measure(arguments.side, case))) if arguments.side else in_turn(
+                    case, arguments.turns, arguments.rounds
+                )
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")

@@ -129,13 +129,16 @@ def core(case: Case, bypass: bool) -> dict[str, float]:
     return by_lengths(run)
 
 
-def soda(case: Case, decomposition: str) -> dict[str, float]:
+def soda(case: Case, decomposition: str, change: Callable[[torch.nn.Module], object] | None = None) -> dict[str, float]:
+    """change: what is done to the model before."""
     from pack.hosts.comfy import dataset, train
     from pack.hosts.comfy.progress import TrainingProgress
     from pack.hosts.comfy.task import Task
     from pack.training.settings import TrainingSettings
 
     patcher, (latents, positive) = case.patcher(), case.data()
+    if change is not None:
+        change(patcher.model)
     samples = dataset.collect([latents], [positive])
 
     def run(steps: int) -> None:
@@ -146,6 +149,18 @@ def soda(case: Case, decomposition: str) -> dict[str, float]:
             assert len(losses) == steps
 
     return by_lengths(run)
+
+
+def channels_last(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+
+
+def compiled_blocks(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.compile(dynamic=False)
 
 
 def direct(case: Case, lora: bool) -> dict[str, float]:
@@ -205,14 +220,16 @@ SIDES: dict[str, Callable[[Case], dict[str, float]]] = {
     "frozen forward + backward": lambda case: direct(case, False),
     "SODA Train, lq": lambda case: soda(case, "lq"),
     "SODA Train, svd": lambda case: soda(case, "svd"),
+    "lq, channels-last convolutions": lambda case: soda(case, "lq", channels_last),
 }
+COMPILED = "lq, compiled blocks"  # not by itself: it is not ready after minutes
 
 
 def measure(side: str, case: Case) -> None:
     load_pack()
-    training = contextlib.nullcontext() if "core" in side or "SODA" in side else torch.enable_grad()
+    training = torch.enable_grad() if "loop" in side or "frozen" in side else contextlib.nullcontext()
     with training:
-        result = SIDES[side](case)
+        result = soda(case, "lq", compiled_blocks) if side == COMPILED else SIDES[side](case)
     print(json.dumps({**result, "peak": torch.cuda.max_memory_allocated() / GIB}))
 
 
@@ -221,7 +238,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="sdxl")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--side", choices=SIDES, help="measure this one in this process")
+    parser.add_argument("--side", choices=(*SIDES, COMPILED), help="measure this one in this process")
     arguments = parser.parse_args()
     if arguments.side:
         measure(arguments.side, Case(arguments.model, arguments.size, arguments.batch))
