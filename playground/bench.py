@@ -39,13 +39,15 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `method` is `full` (all attention matrices) or a decomposition (those of `TARGETS`)."""
+    """One training: `method` is `full` (all attention matrices) or a decomposition (those of `TARGETS`), `drawings` how
+    many of the concept's it sees, None for all."""
 
     concept: str
     method: str
     rate: float
     steps: int = 200
     batch: int = 4
+    drawings: int | None = None
 
     @property
     def kind(self) -> str:
@@ -100,7 +102,9 @@ class Bench:
         return (velocity - (noise - images)).square().flatten(1).mean(1)
 
     def train(self, run: Run, seed: int = 0) -> tuple[Weights, Adapter | None]:
-        loss = self.loss_fn(*training_set(run.concept), run.batch, seed)
+        scenes, captions = training_set(run.concept)
+        few = slice(run.drawings)
+        loss = self.loss_fn({key: of_all[few] for key, of_all in scenes.items()}, captions[few], run.batch, seed)
         if run.method != "full":
             targets = {key: w for key, w in self.base.items() if TARGETS[run.kind] in key}
             parameters = SodaParameters(targets, run.method)

@@ -80,11 +80,15 @@ def set_setting(url: str, name: str, value: object) -> None:
     urllib.request.urlopen(request, timeout=20).close()
 
 
-def open_page(browser: Browser, url: str, *, nodes2: bool, query: str = "", size=(1600, 1000)) -> Page:
-    """The page in the classic renderer or in Nodes 2.0, without the first-start template browser over the canvas."""
+def open_page(
+    browser: Browser, url: str, *, nodes2: bool, query: str = "", size=(1600, 1000), beside: Page | None = None
+) -> Page:
+    """The page in the classic renderer or in Nodes 2.0, without the first-start template browser over the canvas; as
+    another person's browser opens it, or in a tab `beside` a page that is open."""
     set_setting(url, "Comfy.TutorialCompleted", True)
     set_setting(url, "Comfy.VueNodes.Enabled", nodes2)
-    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    person = beside.context if beside else browser.new_context(viewport={"width": size[0], "height": size[1]})
+    page = person.new_page()
     page.set_default_timeout(90_000)
     page.goto(url + query)
     page.wait_for_function(READY)

@@ -45,18 +45,19 @@ def nodes2(request) -> bool:
 
 @contextmanager
 def opener(server, browser, nodes2: bool):
-    """Opens pages: open_(query) -> Page. They are closed at the end; an uncaught error in any of them is an error."""
+    """Opens pages: open_(query, beside) -> Page. They are closed at the end; an uncaught error in any of them is an
+    error."""
     pages, errors = [], []
 
-    def open_(query: str = ""):
-        page = open_page(browser, server.url, nodes2=nodes2, query=query)
+    def open_(query: str = "", beside=None):
+        page = open_page(browser, server.url, nodes2=nodes2, query=query, beside=beside)
         page.on("pageerror", lambda error: errors.append(str(error)))
         pages.append(page)
         return page
 
     yield open_
-    for page in pages:
-        page.close()
+    for person in {page.context for page in pages}:
+        person.close()
     assert not errors
 
 

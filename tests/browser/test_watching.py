@@ -141,8 +141,10 @@ def test_a_reload_in_mid_training_restores_curve_and_button(open_at, server):
     wait_for_end(page)
 
 
-def test_two_pages_show_the_same_and_either_can_stop(open_at):
-    one, other = open_at(), open_at()
+@pytest.mark.parametrize("tabs", [True, False], ids=["two tabs", "two browsers"])
+def test_two_pages_show_the_same_and_either_can_stop(open_at, tabs):
+    one = open_at()
+    other = open_at(beside=one if tabs else None)
     build(one, 2000)
     graph = one.evaluate("JSON.stringify(app.graph.serialize())")
     queue(one)
@@ -206,6 +208,26 @@ def test_samples_are_marked_and_end_as_a_strip(page):
     assert titles == [f"sample after step {step}" for step in (1, 2, 3, 4)]
     wait_for_end(page)
     page.wait_for_function("() => app.nodeOutputs['4']?.images?.[0]?.subfolder === 'soda'")
+
+
+def test_a_sample_is_shown_on_the_node_while_it_trains_and_cancel_is_told(page, server):
+    build(page, 40, "a sks monster")
+    before = adapters(server)
+    queue(page)
+    page.wait_for_function("() => app.nodePreviewImages['4']?.length")  # after step 10
+    shown = page.evaluate(
+        """async () => { const image = new Image(); image.src = app.nodePreviewImages['4'][0]; await image.decode()
+          return [image.naturalWidth, image.naturalHeight] }"""
+    )
+    assert min(shown) >= 64
+    if page.evaluate("LiteGraph.vueNodesMode"):
+        page.locator('[data-node-id="4"] img').first.wait_for()
+    assert " left" in page.locator(TEXT).text_content()
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Interrupt')")
+    text = wait_for_text(page, "cancelled after ")
+    assert stop_button(page).is_disabled() and "of 40 steps" in text
+    wait_for_end(page)
+    assert adapters(server) == before
 
 
 @pytest.mark.parametrize("grown", [0, 150])

@@ -1,7 +1,9 @@
 """One real ComfyUI server for all tests here, a client, two small trained adapters, and a check of the base model."""
 
 import os
+import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,11 +19,18 @@ from runner.client import Client  # noqa: E402
 from runner.server import Server  # noqa: E402
 
 
+class ServerWithHelpers(Server):
+    def _stage(self) -> None:
+        super()._stage()
+        shutil.copy(Path(__file__).with_name("helper_nodes.py"), self.base / "custom_nodes")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     arguments = ("--cpu", "--use-pytorch-cross-attention")
-    with Server(Path(os.environ["COMFYUI_PATH"]), sys.executable, ROOT, arguments=arguments, log=log) as running:
+    comfyui = Path(os.environ["COMFYUI_PATH"])
+    with ServerWithHelpers(comfyui, sys.executable, ROOT, arguments=arguments, log=log) as running:
         yield running
 
 
@@ -68,26 +77,37 @@ def style(client: Client, adapters: Path) -> str:
     return train_file(client, adapters, "comic", "style", seed=6)
 
 
-@pytest.fixture(scope="session")
-def sample_base(client: Client) -> Callable[[], torch.Tensor]:
-    """Samples the playground without any adapter, anew on every call."""
+Base = tuple[torch.Tensor, str]
 
-    def sample() -> torch.Tensor:
+
+@pytest.fixture(scope="session")
+def look_at_base(client: Client) -> Callable[[], Base]:
+    """What the playground samples without any adapter, and a digest of all its weights; anew on every call."""
+
+    def look() -> Base:
         prompt = Prompt()
         playground = Playground(prompt)
         node = playground.sample(playground.model, again=True)
-        return latent_of(client, client.run(prompt), node)
+        latent = prompt[node]["inputs"]["samples"]
+        stored = prompt.add(
+            "StoredBytes", model=playground.model, clip=playground.clip, latent=latent, salt=uuid.uuid4().hex
+        )
+        result = client.run(prompt)
+        (digest,) = result.outputs[stored]["text"]
+        return latent_of(client, result, node), digest
 
-    return sample
+    return look
 
 
 @pytest.fixture(scope="session")
-def base_latent(sample_base) -> torch.Tensor:
-    return sample_base()
+def base(look_at_base) -> Base:
+    return look_at_base()
 
 
 @pytest.fixture
-def base_unchanged(base_latent: torch.Tensor, sample_base) -> Iterator[None]:
-    """After the test the server still answers, and its base model gives what it gave before, bit for bit."""
+def base_unchanged(base: Base, look_at_base) -> Iterator[None]:
+    """After the test the server still answers, and its base model has the weights it had and gives what it gave, bit
+    for bit."""
     yield
-    assert torch.equal(sample_base(), base_latent)
+    latent, digest = look_at_base()
+    assert torch.equal(latent, base[0]) and digest == base[1]

@@ -1,6 +1,7 @@
 """SODA Train when disk, memory or numbers fail it: a sentence on the node, and a server that goes on."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import psutil
@@ -67,6 +68,14 @@ def test_cancelled_in_a_sample_the_samples_before_are_kept(client, server, base_
     assert 192 < Image.open(strip).width < 2 * 192
     said = client.run(training(seed=303, steps=4, options={"sample_every": 1})[0]).texts[node]
     assert any("Went on from step 2" in text for text in said)
+
+
+def test_samples_that_would_not_fit_are_left_out(client, base_unchanged):
+    prompt, node = training(seed=307, sample_prompt="a sks monster", steps=4)
+    prompt[node]["inputs"]["vae"] = [prompt.add("HugeVAE", vae=prompt[node]["inputs"]["vae"]), 0]
+    said = client.run(prompt).texts[node]
+    missing = re.findall(r"No sample after step (\d): it needs [\d.]+ GiB more memory", "\n".join(said))
+    assert set(missing) == {"1", "2", "3", "4"} and "step 4/4" in said[-1]
 
 
 @contextlib.contextmanager

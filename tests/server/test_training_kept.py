@@ -1,6 +1,7 @@
 """Trainings that outlive what happens to them: Cancel, kill -9, a restart, the same workflow again, fifty in a row."""
 
 import os
+import re
 import shutil
 import sys
 import threading
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 
 
-def training(prefix: str, **settings) -> tuple[Prompt, str]:
+def training(prefix: str, checkpoint_every: int = 5, **settings) -> tuple[Prompt, str]:
     prompt = Prompt()
     playground = Playground(prompt)
     latents, positive = playground.drawings()
-    more = {"options": playground.options(checkpoint_every=5), "targets": "cross-attention"}
+    more = {"options": playground.options(checkpoint_every=checkpoint_every), "targets": "cross-attention"}
     node = playground.train(positive, latents=latents, **{"steps": STEPS, "batch_size": 1, **more, **settings})
     playground.save((node, 0), prefix)
     return prompt, node
@@ -35,6 +36,17 @@ def tensors(adapters, prefix):
 
 def same(one, other) -> bool:
     return one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def went_on_from(texts: list[str]) -> int:
+    """The step that a resumed training said it went on from."""
+    return int(next(found for found in map(re.compile(r"Went on from step (\d+)").search, texts) if found)[1])
+
+
+def forget_results(client) -> None:
+    """ComfyUI's own cache would answer the same prompt."""
+    client.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1)  # it frees between prompts
 
 
 def at_step(node: str, step: int, act):
@@ -53,23 +65,41 @@ def test_cancelled_and_queued_again_it_goes_on(client, adapters, base_unchanged)
     prompt, _ = training("whole", seed=101, reuse=False)
     client.run(prompt)
     shutil.rmtree(client.server.base / "user" / "soda")
-    prompt, node = training("resumed", seed=101)
+    prompt, node = training("resumed", seed=101, checkpoint_every=100)  # Cancel itself saves
     with pytest.raises(PromptFailed, match="interrupted"):
         client.run(prompt, at_step(node, 12, client.interrupt))
     texts = client.run(prompt).texts[node]
-    assert any("Went on from step" in text for text in texts)
+    assert went_on_from(texts) >= 12
     assert same(tensors(adapters, "resumed"), tensors(adapters, "whole"))
+
+
+def test_stopped_and_queued_again_it_goes_on(client, adapters, base_unchanged):
+    prompt, _ = training("unstopped", seed=105, reuse=False)
+    client.run(prompt)
+    shutil.rmtree(client.server.base / "user" / "soda")
+    prompt, node = training("stopped", seed=105, checkpoint_every=100)
+
+    def stop(kind: str, data: dict) -> None:
+        if kind == "soda.training" and data["node"] == node and data["done"] >= 8 and data["state"] == "running":
+            client.post("/soda/training/stop", {"node": node, "prompt": data["prompt"]})
+
+    client.run(prompt, stop)
+    assert not same(tensors(adapters, "stopped"), tensors(adapters, "unstopped"))
+    forget_results(client)
+    assert went_on_from(client.run(prompt).texts[node]) >= 8
+    assert same(tensors(adapters, "stopped"), tensors(adapters, "unstopped"))
 
 
 def test_the_same_inputs_give_the_finished_adapter_back_unless_reuse_is_off(client, adapters):
     prompt, _ = training("first", seed=102, steps=8)
     client.run(prompt)
-    client.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(1)  # ComfyUI frees its caches between prompts
+    forget_results(client)
     prompt, node = training("second", seed=102, steps=8, reuse=True)
     prompt.add("LossGraphNode", loss=(node, 1), filename_prefix="loss")
     result = client.run(prompt)
     assert node in result.executed and "trained before" in result.texts[node][-1]
+    (plot,) = (shown["images"] for shown in result.outputs.values() if "images" in shown)
+    assert len(plot) == 1 and client.view(plot[0]).startswith(b"\x89PNG")  # LOSS_MAP is what core's node plots
     assert same(tensors(adapters, "first"), tensors(adapters, "second"))
     prompt, node = training("third", seed=102, steps=8, reuse=False)
     assert "trained before" not in client.run(prompt).texts[node][-1]
@@ -97,7 +127,7 @@ def test_killed_and_resumed_on_a_fresh_server(client, adapters, tmp_path):
     with second, Client(second) as fresh:
         shutil.copytree(tmp_path / "soda", second.base / "user" / "soda")
         texts = fresh.run(prompt).texts[node]
-        assert any("Went on from step 1" in text for text in texts), texts[:3]  # 10 to 19
+        assert 10 <= went_on_from(texts) <= STEPS - 1
         assert "trained before" in fresh.run(ended).texts[again][-1]
         ended[again]["inputs"]["reuse"] = False
         assert "trained before" not in fresh.run(ended).texts[again][-1]

@@ -1,5 +1,7 @@
 """SODA Train on models as other nodes hand them over, and on pictures of several sizes."""
 
+import math
+
 import pytest
 import safetensors.torch
 import torch
@@ -55,6 +57,22 @@ def test_any_sampling_object_trains(client, adapters, base_unchanged, plain, cla
     tensors, losses = trained(client, adapters, "sampling", (class_type, values))
     assert len(losses) == 2 and losses != plain[1]  # its own objective
     assert any(tensor.any() for tensor in tensors.values())
+
+
+def test_dco_compares_with_the_model_without_the_adapter(client, adapters, base_unchanged):
+    """The two are one at first, and the sigmoid of no difference is a half; nothing else makes the loss that."""
+    _, losses = trained(client, adapters, "dco", options={"loss": "dco", "loss.beta": 1000.0}, learning_rate=1e-3)
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-4) and losses[1] != losses[0]
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("bf16", 3e-2), ("fp16", 3e-3)])
+def test_in_half_precision_factors_stay_fp32_and_losses_are_near(client, adapters, base_unchanged, plain, dtype, near):
+    tensors, losses = trained(client, adapters, dtype, ("ModelComputeDtype", {"dtype": dtype}))
+    assert losses != plain[1] and losses == pytest.approx(plain[1], rel=near)
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
+    learnt, exact = (torch.cat([t for name, t in sorted(found.items()) if "soda_log" in name])
+                     for found in (tensors, plain[0]))  # fmt: skip
+    assert torch.cosine_similarity(learnt, exact, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("memory", ["fast", "frugal"])

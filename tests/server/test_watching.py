@@ -166,8 +166,8 @@ def test_the_last_eight_are_remembered(client):
 
 
 def test_samples_are_marked_and_kept_as_a_strip(client, server, base_unchanged):
-    def queue():
-        prompt, playground, node = training(steps=8, seed=141, sample_prompt="a sks monster")
+    def queue(**settings):
+        prompt, playground, node = training(steps=8, seed=141, sample_prompt="a sks monster", **settings)
         prompt[node]["inputs"] |= {"clip": list(playground.clip), "vae": list(playground.vae)}
         playground.save((node, 0), "sampled")
         return client.run(prompt), node
@@ -183,3 +183,8 @@ def test_samples_are_marked_and_kept_as_a_strip(client, server, base_unchanged):
 
     again, _ = queue()
     assert node in again.cached and again.images(node) == [image]
+
+    anew, node = queue(reuse=False)
+    (other,) = anew.images(node)
+    assert other["filename"] != image["filename"]  # from the same seed the same picture
+    assert Image.open(io.BytesIO(client.view(other))).tobytes() == strip.tobytes()

@@ -1,0 +1,49 @@
+"""What tests need of a server that no node of ComfyUI gives; staged among its custom nodes."""
+
+import copy
+import hashlib
+
+import comfy.model_management
+import torch
+
+
+class StoredBytes:
+    """SHA-256 over all weights of a model and its text encoder as they are stored, with no patch loaded.
+
+    But for CLIP's text projection, which the playground has not: a new model holds there what memory held.
+    """
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "digest", "tests", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "clip": ("CLIP",), "latent": ("LATENT",), "salt": ("STRING",)}}
+
+    def digest(self, model, clip, latent, salt):
+        comfy.model_management.unload_all_models()
+        found = hashlib.sha256()
+        for network in (model.model, clip.cond_stage_model):
+            for name, tensor in network.state_dict().items():
+                if name.endswith("text_projection.weight"):
+                    continue
+                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return {"ui": {"text": (found.hexdigest(),)}}
+
+
+class HugeVAE:
+    """A VAE that says it needs more memory to decode than any computer has."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "huge", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"vae": ("VAE",)}}
+
+    def huge(self, vae):
+        vae = copy.copy(vae)
+        vae.memory_used_decode = lambda shape, dtype: 2.0**60
+        return (vae,)
+
+
+NODE_CLASS_MAPPINGS = {"StoredBytes": StoredBytes, "HugeVAE": HugeVAE}
