@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import model_zoo
 import pytest
 import torch
 from small_models import (
@@ -109,6 +110,20 @@ def test_noise_offset_shifts_whole_channels():
     shift = (shifted.x - plain.x) / shifted.sigma.view(-1, 1, 1, 1)
     assert torch.equal(plain.sigma, shifted.sigma)
     assert shift.flatten(2).std(-1).max() < 1e-3 < 0.1 < shift.flatten(2).mean(-1).std()
+
+
+def test_sdxl_is_told_the_size_of_each_picture():
+    """Height, width, no crop, and the same once more, each as core embeds a number; behind the pooled text."""
+    model = model_zoo.build("SDXL")
+    model.patch_model(device_to=None)
+    caption = model_zoo.conditioning("SDXL")
+    pooled = caption[0][1]["pooled_output"]
+    for height, width in ((8, 16), (16, 8)):
+        samples = dataset.collect([{"samples": torch.randn(1, 4, height, width)}], [caption])
+        (one,) = Batches(model, samples, TrainingSettings(batch_size=1))(0).passes
+        told = torch.tensor([8 * height, 8 * width, 0, 0, 8 * height, 8 * width])
+        embedded = model.model.embedder(told).flatten()
+        assert torch.allclose(one.condition["y"][0], torch.cat([pooled[0], embedded]).to(one.condition["y"]))
 
 
 def test_prior_pictures_count_by_their_weight():
