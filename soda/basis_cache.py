@@ -9,7 +9,6 @@ The folder keeps what takes longer to compute than to read, for which READ_RATE 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import threading
@@ -274,14 +273,19 @@ def weight_hash(weight: Tensor) -> str:
     digest = hashlib.sha256(_kind(weight))
     numbers = weight.detach().reshape(-1).view(torch.uint8)
     if weight.is_cuda:  # through little memory that is pinned, for new pages take longer than the copy into them
-        staged = torch.empty(min(STAGED, len(numbers)), dtype=torch.uint8)
-        with contextlib.suppress(RuntimeError):  # where none can be had
-            staged = staged.pin_memory()
+        staged = _pinned(min(STAGED, len(numbers)))
         for piece in numbers.split(STAGED):
             digest.update(staged[: len(piece)].copy_(piece).numpy().data)
     else:
         digest.update(numbers.to(CPU).numpy().data)
     return digest.hexdigest()
+
+
+def _pinned(size: int) -> Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # where none can be had
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def samples(weights: Sequence[Tensor]) -> list[str]:
