@@ -5,7 +5,8 @@ import json
 import urllib.request
 
 import pytest
-from comfy_page import READY, build_graph, widget_values
+from comfy_page import READY, build_graph, choose, widget_values
+from safetensors import safe_open
 
 SEEDS = itertools.count(1000)
 TEXT = ".soda-training-text"
@@ -228,6 +229,24 @@ def test_a_sample_is_shown_on_the_node_while_it_trains_and_cancel_is_told(page, 
     assert stop_button(page).is_disabled() and "of 40 steps" in text
     wait_for_end(page)
     assert adapters(server) == before
+
+
+def test_the_role_is_picked_and_run_the_rest_is_preset(page, server):
+    """All widgets of SODA Train as they stand but for the number of steps, for time."""
+    made = nodes(3)
+    made[3]["values"] = {"steps": 3, "seed": next(SEEDS)}
+    build_graph(page, made)
+    page.evaluate("app.canvas.ds.offset = [40, 80]; app.canvas.ds.scale = 1; app.canvas.setDirty(true, true)")
+    before = adapters(server)
+    choose(page, "SodaTrain", "role", "style")
+    assert widget_values(page, "SodaTrain")["role"] == "style"
+    queue(page)
+    wait_for_text(page, "3 steps")
+    wait_for_end(page)
+    (new,) = adapters(server) - before
+    with safe_open(server.output / "loras" / "soda" / new, "np") as file:
+        role, names = file.metadata()["soda.role"], file.keys()
+    assert role == "style" and names and all(".attn1." in name for name in names)
 
 
 @pytest.mark.parametrize("grown", [0, 150])

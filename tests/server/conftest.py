@@ -104,6 +104,11 @@ def base(look_at_base) -> Base:
     return look_at_base()
 
 
+@pytest.fixture(scope="session")
+def base_latent(base: Base) -> torch.Tensor:
+    return base[0]
+
+
 @pytest.fixture
 def base_unchanged(base: Base, look_at_base) -> Iterator[None]:
     """After the test the server still answers, and its base model has the weights it had and gives what it gave, bit
