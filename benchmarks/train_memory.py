@@ -2,7 +2,8 @@
 
 Real ComfyUI classes with random weights, bf16 on a GPU and fp32 on a CPU. On a GPU the peak is torch's count of
 allocated memory, the model included; on a CPU (--small) what torch's profiler sees allocated during training beyond
-what was there, the model left out.
+what was there, the model left out. "Left" is what is still allocated once the model is unloaded, of a training that
+ended and of one that was cancelled.
 
     PYTHONPATH=path/to/ComfyUI python benchmarks/train_memory.py [--decomposition lq] [--size 1024] [--small]
 """
@@ -10,8 +11,10 @@ what was there, the model left out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import time
+from itertools import product
 
 import torch
 from train_step import COMMON, MODELS, Case, load_pack
@@ -25,8 +28,8 @@ STEPS = 2
 GIB = 1 << 30
 
 
-def profiled(run) -> int:
-    """The most bytes that run() held at a time on the CPU."""
+def profiled(run) -> tuple[int, int]:
+    """The most bytes that run() held at a time on the CPU, and those it left there."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     changes = [
@@ -38,13 +41,14 @@ def profiled(run) -> int:
     for _, change in sorted(changes):
         held += change
         peak = max(peak, held)
-    return peak
+    return peak, held
 
 
-def on_gpu(run) -> int:
+def on_gpu(run) -> tuple[int, int]:
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     run()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated() - before
 
 
 def main() -> None:
@@ -76,20 +80,26 @@ def main() -> None:
     print(f"{len(layers)} adapted weights of {numbers / 1e6:.0f} M numbers; a model of {size:.2f} GiB")
     beside = patcher.model_size() if arguments.small else 0  # on a CPU the model is there before
 
-    for plan in PLANS:
+    class Cancelled(TrainingProgress):
+        def step(self, *args, **kwargs):
+            raise comfy.model_management.InterruptProcessingException
 
-        def run(plan=plan):
-            with torch.inference_mode():
-                train.train_adapter(task, TrainingProgress(STEPS, None), memory=plan)
-
-        start = time.perf_counter()
-        taken = (profiled if arguments.small else on_gpu)(run)
-        seconds = time.perf_counter() - start
+    def run(plan, progress) -> None:
+        with torch.inference_mode(), contextlib.suppress(comfy.model_management.InterruptProcessingException):
+            train.train_adapter(task, progress(STEPS, None), memory=plan)
         comfy.model_management.unload_all_models()
         gc.collect()
         comfy.model_management.soft_empty_cache()
+
+    for plan, progress in ((PLANS[0], TrainingProgress), *product(PLANS, (TrainingProgress, Cancelled))):
+        start = time.perf_counter()
+        taken, left = (profiled if arguments.small else on_gpu)(lambda: run(plan, progress))  # noqa: B023
+        seconds = time.perf_counter() - start
         planned = max(budget.needed[plan] - (beside if plan != "low VRAM" else 0), 0)
-        print(f"{plan:10} planned {planned / GIB:6.2f} GiB, taken {taken / GIB:6.2f} GiB, {seconds:.1f} s")
+        print(
+            f"{plan:9} {'ended' if progress is TrainingProgress else 'cancelled':10} planned {planned / GIB:6.2f} GiB, "
+            f"taken {taken / GIB:6.2f} GiB, left {left / 2**20:7.1f} MiB, {seconds:.1f} s"
+        )
 
 
 if __name__ == "__main__":
