@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import time
+from functools import partial
 from itertools import product
 
 import torch
@@ -93,7 +94,7 @@ def main() -> None:
 
     for plan, progress in ((PLANS[0], TrainingProgress), *product(PLANS, (TrainingProgress, Cancelled))):
         start = time.perf_counter()
-        taken, left = (profiled if arguments.small else on_gpu)(lambda: run(plan, progress))  # noqa: B023
+        taken, left = (profiled if arguments.small else on_gpu)(partial(run, plan, progress))
         seconds = time.perf_counter() - start
         planned = max(budget.needed[plan] - (beside if plan != "low VRAM" else 0), 0)
         print(
