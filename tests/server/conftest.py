@@ -13,10 +13,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # no ComfyUI is imported in this process
 
+from device import ARGUMENTS, ON_CPU  # noqa: E402
 from prompts import Playground, Prompt, latent_of  # noqa: E402
 
 from runner.client import Client  # noqa: E402
 from runner.server import Server  # noqa: E402
+
+collect_ignore = ["test_training_gpu.py"] if ON_CPU else []
 
 
 class ServerWithHelpers(Server):
@@ -28,9 +31,8 @@ class ServerWithHelpers(Server):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    arguments = ("--cpu", "--use-pytorch-cross-attention")
     comfyui = Path(os.environ["COMFYUI_PATH"])
-    with ServerWithHelpers(comfyui, sys.executable, ROOT, arguments=arguments, log=log) as running:
+    with ServerWithHelpers(comfyui, sys.executable, ROOT, arguments=ARGUMENTS, log=log) as running:
         yield running
 
 

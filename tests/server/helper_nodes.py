@@ -46,4 +46,22 @@ class HugeVAE:
         return (vae,)
 
 
-NODE_CLASS_MAPPINGS = {"StoredBytes": StoredBytes, "HugeVAE": HugeVAE}
+class LittleMemory:
+    """Latents unchanged; from here on torch may take `room` MiB more of the GPU than it holds, or all with 0."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = ("LATENT",), "limit", "tests", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latents": ("LATENT",), "room": ("INT", {"default": 0, "max": 2**20})}}
+
+    def limit(self, latents, room):
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+        _, total = torch.cuda.mem_get_info()
+        allowed = torch.cuda.memory_reserved() + room * 2**20
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total) if room else 1.0)
+        return (latents,)
+
+
+NODE_CLASS_MAPPINGS = {"StoredBytes": StoredBytes, "HugeVAE": HugeVAE, "LittleMemory": LittleMemory}

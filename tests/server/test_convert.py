@@ -1,6 +1,7 @@
 """SODA Convert and SODA Transport through the server: what they say, and who reads what they write."""
 
 import torch
+from device import ON_CPU
 from prompts import Playground, Prompt, latent_of
 
 
@@ -52,4 +53,4 @@ def test_transport_to_the_same_model_keeps_everything(client, subject):
     result = client.run(prompt)
     assert result.texts[moved][-1] == "100% of the spectrum's change has a place in playground"
     found, expected = (latent_of(client, result, node) for node in nodes)
-    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.allclose(found, expected, atol=1e-4 if ON_CPU else 5e-3)  # a GPU samples in half precision

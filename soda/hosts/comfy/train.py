@@ -39,6 +39,7 @@ from .progress import TrainingProgress
 from .store import KeptRun
 from .task import Networks, Task
 from .text_encoder import TextEncoder
+from .trainable import trainable, training_state
 
 FP16_SCALE = 1024.0
 NOT_KEPT = "This run is not kept on disk"
@@ -92,7 +93,10 @@ def train_adapter(
         if plan != "fast" or not comfy.model_management.is_device_cpu(budget.device):
             progress.note(budget.text(plan))
         try:
-            return _train(task, networks, progress, prompt, kept, resume, budget, plan)
+            with trainable(networks) as clones:
+                loaded = dict(zip(clones, networks.values(), strict=True))
+                layers, losses = _train(task, loaded, progress, prompt, kept, resume, budget, plan)
+            return Adapter(layers, _metadata(task, networks, progress), "trained adapter"), losses
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
@@ -102,6 +106,12 @@ def train_adapter(
             raise SodaTrainingError(_too_little(task))
         progress.note(f"The memory was not enough for the plan {plan}.")
         memory, resume = following, True
+
+
+def _metadata(task: Task, networks: Networks, progress: TrainingProgress) -> dict[str, str]:
+    hashes = {name: value for network, keys in networks.items() for name, value in layer_hashes(network, keys).items()}
+    sample = progress.strip.samples[-1][1] if progress.strip.samples else None
+    return training_metadata(task, hashes, sample)
 
 
 def _release() -> None:
@@ -119,20 +129,20 @@ def _too_little(task: Task) -> str:
 
 
 def _train(
-    task: Task, networks: Networks, progress: TrainingProgress, prompt: SamplePrompt | None, kept: KeptRun | None,
+    task: Task, clones: Networks, progress: TrainingProgress, prompt: SamplePrompt | None, kept: KeptRun | None,
     resume: bool, memory: Memory, plan: Plan,
-) -> tuple[Adapter, list[float]]:  # fmt: skip
+) -> tuple[Mapping[str, tuple[Layer, ...]], list[float]]:  # fmt: skip
+    """Trains on clones of the networks, which it loads."""
     settings, extras = task.settings, task.extras
     if settings.caption_dropout and extras.empty is None:
         raise SodaTrainingError("caption_dropout needs the empty caption: wire a clip into SODA Train, or set it to 0.")
-    clones = {_trainable_clone(network): keys for network, keys in networks.items()}
     (patcher, keys), *others = clones.items()
     text = TextEncoder(extras.clip, *others[0]) if others else None
     frozen = {name: terms for clone, keys in clones.items() for name, terms in take_off(clone, keys).items()}
     load = partial(memory.load, list(clones), plan)
     load()
     # Nodes run under inference mode, whose tensors know no gradients.
-    with torch.inference_mode(False), torch.enable_grad(), _training_state(list(clones)):
+    with torch.inference_mode(False), torch.enable_grad(), training_state(clones):
         dtype = computing_dtype(patcher)
         weights = TrainableWeights(clones)
         of_text = {name for _, keys in others for name in keys}
@@ -158,10 +168,7 @@ def _train(
                 losses = differentiated(lambda: train(run, batch_of, losses_of, watch, _keeper(kept, progress)))
             except Diverged as error:
                 raise SodaTrainingError(f"{error}{_last_good(run, kept)}") from error
-        layers = difference(parameters.layers(), frozen, beside)
-    hashes = {name: value for network, keys in networks.items() for name, value in layer_hashes(network, keys).items()}
-    sample = progress.strip.samples[-1][1] if progress.strip.samples else None
-    return Adapter(layers, training_metadata(task, hashes, sample), "trained adapter"), losses
+        return difference(parameters.layers(), frozen, beside), losses
 
 
 def _start(
@@ -259,32 +266,3 @@ class _Watch:
                     self.text.weights = weights
                     prompt = replace(prompt, clip=self.text.clip)  # to be encoded anew
                 show_sample(self.patcher, prompt, shape, step, self.progress, self.reload)
-
-
-def _trainable_clone(model: ModelPatcher) -> ModelPatcher:
-    """A clone to load for training, on the same weights.
-
-    A model with dynamic VRAM casts weights into buffers that the next layer reuses, which a backward pass cannot
-    bear; as a plain ModelPatcher the same weights are loaded whole.
-    """
-    if model.is_dynamic():
-        return model.clone(disable_dynamic=True, model_override=model.get_clone_model_override())
-    return model.clone()
-
-
-@contextlib.contextmanager
-def _training_state(patchers: Sequence[ModelPatcher]) -> Iterator[None]:
-    """ComfyUI told that models train; its flags and the patchers' run state put back at the end."""
-    before = comfy.model_management.in_training
-    comfy.model_management.in_training = True
-    for patcher in patchers:
-        patcher.pre_run()
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
-        with torch.inference_mode():  # as weights were loaded: moved outside it they would be tensors of neither kind
-            for patcher in patchers:
-                patcher.cleanup()
-                if patcher.parent is not None and patcher.parent.is_dynamic():
-                    comfy.model_management.unload_model_and_clones(patcher)

@@ -1,0 +1,9 @@
+"""Where the server of these tests computes: on the CPU, or as COMFYUI_ARGUMENTS says."""
+
+import os
+
+import pytest
+
+ARGUMENTS = os.environ.get("COMFYUI_ARGUMENTS", "--cpu --use-pytorch-cross-attention").split()
+ON_CPU = "--cpu" in ARGUMENTS
+exact = pytest.mark.skipif(not ON_CPU, reason="trainings are the same bit for bit on a CPU alone")
