@@ -88,6 +88,7 @@ def main() -> None:
     def run(plan, progress) -> None:
         with torch.inference_mode(), contextlib.suppress(comfy.model_management.InterruptProcessingException):
             train.train_adapter(task, progress(STEPS, None), memory=plan)
+        comfy.model_management.reset_cast_buffers()  # as ComfyUI does after every prompt
         comfy.model_management.unload_all_models()
         gc.collect()
         comfy.model_management.soft_empty_cache()

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +32,12 @@ class Graphs:
     the tensors. Whatever else `passes` reads and adds to must keep its place in memory (parameters and their
     gradients, the model's weights; else call `forget`), and it must neither wait for the device nor branch on its
     numbers. What cannot be recorded runs as it is, with a line in the log. All passes run on one stream of their own,
-    so that libraries and the allocator know it when it is recorded. Graphs share their memory: the losses are valid
-    until the next call.
+    so that libraries and the allocator know it when it is recorded, the same for all trainings: cuBLAS keeps 65 MiB
+    for each stream that it has met. Graphs share their memory: the losses are valid until the next call.
     """
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = _stream(torch.cuda.current_device())
         self._met: Counter[str] = Counter()
         self._recorded: dict[str, _Graph] = {}
         self._attempts = ATTEMPTS
@@ -79,6 +80,11 @@ class Graphs:
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             losses = passes(held)
         return _Graph(graph, _tensors(held), losses)
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _mapped(tree: Any, change: Callable[[Any], Any]) -> Any:
