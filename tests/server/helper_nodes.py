@@ -64,4 +64,29 @@ class LittleMemory:
         return (latents,)
 
 
-NODE_CLASS_MAPPINGS = {"StoredBytes": StoredBytes, "HugeVAE": HugeVAE, "LittleMemory": LittleMemory}
+class FailsOnce:
+    """The model with a network that gives NaN in one forward pass, the one of number `at`."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "patch", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "at": ("INT", {"default": 1})}}
+
+    def patch(self, model, at):
+        passes = 0
+
+        def failing(h, options):
+            nonlocal passes
+            if options["block"] != ("input", 1):
+                return h
+            passes += 1
+            return h * float("nan") if passes == at else h
+
+        model = model.clone()
+        model.set_model_input_block_patch(failing)
+        return (model,)
+
+
+NODES = (StoredBytes, HugeVAE, LittleMemory, FailsOnce)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -123,3 +123,15 @@ def test_a_run_that_diverges_goes_back_thrice_and_keeps_its_last_good_adapter(cl
     assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
     (told,) = [t for t in client.get_json("/soda/training")["trainings"] if t["node"] == node][-1:]
     assert told["state"] == "failed"
+
+
+@pytest.mark.skipif(not ON_CPU, reason="a recorded step calls no Python that could fail")
+def test_a_run_that_fails_once_goes_back_and_ends(client, server, base_unchanged):
+    prompt, node = training(seed=315, steps=20, learning_rate=0.001)
+    model = prompt.add("FailsOnce", model=tuple(prompt[node]["inputs"]["model"]), at=15)
+    prompt[node]["inputs"]["model"] = [model, 0]
+    said = client.run(prompt).texts[node]
+    assert any("went back to step 10 and on at 0.5 of the rate" in text for text in said)
+    assert "step 20/20" in said[-1]
+    (told,) = [t for t in client.get_json("/soda/training")["trainings"] if t["node"] == node][-1:]
+    assert told["state"] == "finished" and [step for step, *_ in told["points"]] == list(range(1, 21))
