@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from device import ARGUMENTS
 from prompts import Playground, Prompt
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -46,9 +47,6 @@ NODE_CLASS_MAPPINGS = {"OtherModel": OtherModel}
 '''
 PLACES = {"model.diffusion_model.": "diffusion_model.", "cond_stage_model.": "clip_l."}  # in the checkpoint: in a file
 STRENGTHS = (-1.0, -0.4, 0.0, 0.3, 0.7, 1.0, 1.5)
-
-
-CPU = ("--cpu", "--use-pytorch-cross-attention")
 KEEP_NOTHING = '{"SODA.basesInMemory": 0, "SODA.basesOnDisk": 0}'
 
 
@@ -56,7 +54,9 @@ class PreparedServer(Server):
     """A server with the random prompts' files in its folders, and the user's settings if they are not the default."""
 
     def __init__(self, log: Path, *arguments: str, settings: str | None = None) -> None:
-        super().__init__(Path(os.environ["COMFYUI_PATH"]), sys.executable, ROOT, arguments=(*CPU, *arguments), log=log)
+        super().__init__(
+            Path(os.environ["COMFYUI_PATH"]), sys.executable, ROOT, arguments=(*ARGUMENTS, *arguments), log=log
+        )
         self.settings = settings
 
     def _stage(self) -> None:

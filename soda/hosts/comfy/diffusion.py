@@ -21,6 +21,7 @@ from ...training.run import Losses
 from ...training.settings import TrainingSettings
 from .batches import Batch, Pass, condition
 from .inject import Injection
+from .prompt_cache import forget
 from .text_encoder import TextEncoder
 
 
@@ -40,6 +41,7 @@ def squared_errors(patcher: ModelPatcher, part: Pass) -> torch.Tensor:
         "sigmas": part.sigma, "cond_or_uncond": [0], "sample_sigmas": part.sigma
     }  # fmt: skip
     denoised = patcher.model.apply_model(part.x, part.sigma, transformer_options=options, **part.condition)
+    forget(patcher)  # the next pass has other weights
     return ((denoised.float() - part.x0) / part.c).square()
 
 

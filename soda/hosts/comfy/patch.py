@@ -20,6 +20,7 @@ from . import bypass
 from .base import ModelBases, matrix_shape, shapes, split_name
 from .fit import Report, fit_to_apply, matching, spectrum_errors, unmatched
 from .fold import Fold
+from .prompt_cache import forget_around_runs
 
 ATTACHMENT = "soda"
 MODE = "soda_mode"
@@ -137,6 +138,7 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
         patches[target] = SodaWeightAdapter({name}, (fold, name, SOMETHING))
     _replace(clone, patches)
+    forget_around_runs(clone)
     report.changed += len(mixed.layers)
     report.bypassed += len(beside)
     return clone

@@ -9,6 +9,8 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .prompt_cache import forget_around_runs
+
 
 @contextlib.contextmanager
 def trainable(models: Iterable[ModelPatcher]) -> Iterator[list[ModelPatcher]]:
@@ -18,7 +20,10 @@ def trainable(models: Iterable[ModelPatcher]) -> Iterator[list[ModelPatcher]]:
     bear; as plain ModelPatchers the same weights are loaded whole, or layer by layer into tensors of their own.
     """
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(_plain(model)) if model.is_dynamic() else model.clone() for model in models]
+        clones = [stack.enter_context(_plain(model)) if model.is_dynamic() else model.clone() for model in models]
+        for clone in clones:
+            forget_around_runs(clone)
+        yield clones
 
 
 @contextlib.contextmanager
