@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import comfy.ldm.audio.embedders
 import comfy.model_patcher
+import comfy.nested_tensor
 import comfy.supported_models
 import torch
 
@@ -215,7 +216,7 @@ SMALL = {
 }  # fmt: skip
 
 # Widths of text encodings that are not the model's own context_dim, context_in_dim, text_dim or cross_attention_dim.
-TEXT = {
+TEXT = {"LTXAV": 64, 
     "Stable_Zero123": 52, "StableAudio": 768, "StableAudio3": 768, "Krea2": 128, "Lens": 128, "Anima": 1024, "LTXV": 64,
     "ACEStep": 32, "HunyuanDiT": 64, "HunyuanDiT1": 64,
 }  # fmt: skip
@@ -267,6 +268,11 @@ def build(name: str, device: torch.device = CPU, seed: int = 0) -> comfy.model_p
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
+PARTS = {  # of nested latents
+    "LTXAV": [(128, 1, 8, 8), (8, 4, 16)], "MiniMaxH3": [(16, 1, 8, 8), (8, 2, 5)], "TripoSplat": [(16, 16), (1, 5)],
+}  # fmt: skip
+
+
 def latents(name: str, model: comfy.model_patcher.ModelPatcher, count: int = 2) -> dict:
     """A LATENT of `count` small samples."""
     space = model.model.latent_format
@@ -276,7 +282,9 @@ def latents(name: str, model: comfy.model_patcher.ModelPatcher, count: int = 2) 
         generator = torch.Generator().manual_seed(1)
         # the refiner's pictures have half its channels: two frames become one
         channels = space.latent_channels // 2 if name == "HunyuanImage21Refiner" else space.latent_channels
-        return {"samples": torch.randn(count, channels, *sizes, generator=generator)}
+        shapes = PARTS.get(name) or [(channels, *sizes)]
+        parts = [torch.randn(count, *shape, generator=generator) for shape in shapes]
+        return {"samples": parts[0] if len(parts) == 1 else comfy.nested_tensor.NestedTensor(parts)}
 
 
 def conditioning(name: str) -> list:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import comfy.sample
 import comfy.supported_models
+import comfy.utils
 import model_zoo
 import pytest
 import torch
@@ -29,15 +30,13 @@ from soda_pack.soda.training.settings import TrainingSettings
 
 CLASSES = [kind.__name__ for kind in comfy.supported_models.models]
 TABLE = Path(__file__).with_name("projections.txt")
-NESTED = "samples pictures and sound (or a camera) at once, as a nested latent, which SODA Train does not take"
 VOXELS = "samples numbers at the points of a shape that an earlier model found, not a latent"
 ONE_SIZE = "comes in one size alone, of 2 billion numbers"
 DETECTOR = "finds or measures things in pictures: there is nothing to sample and nothing to train with noise"
 UNTRAINED = {
-    "LTXAV": NESTED, "MiniMaxH3": NESTED, "TripoSplat": NESTED, "Trellis2": VOXELS, "MiniMaxMusic3": ONE_SIZE,
+    "Trellis2": VOXELS, "MiniMaxMusic3": ONE_SIZE,
     "RT_DETR_v4": DETECTOR, "SAM3": DETECTOR, "SAM31": DETECTOR, "DepthAnything3": DETECTOR,
 }  # fmt: skip
-SAMPLED = {*CLASSES} - {name for name, reason in UNTRAINED.items() if reason in (NESTED, VOXELS, ONE_SIZE, DETECTOR)}
 WIDE = ("Anima", "ACEStep")  # parts of 1024 wide at any size: without a decomposition they take seconds, not minutes
 
 
@@ -91,10 +90,13 @@ def test_rows_of_a_fused_weight_neither_overlap_nor_leave_it(name):
 def sample(model, name):
     """One step of Euler from an empty latent."""
     condition, channels = model_zoo.conditioning(name), model.model.latent_format.latent_channels
-    shape = (1, channels, *model_zoo.latents(name, model, 1)["samples"].shape[2:])
     with torch.inference_mode():
-        noise, empty = torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.zeros(shape)
-        return comfy.sample.sample(model, noise, 1, 1.0, "euler", "simple", condition, condition, empty, seed=1)
+        empty = model_zoo.latents(name, model, 1)["samples"] * 0.0
+        if not empty.is_nested:
+            empty = torch.zeros(1, channels, *empty.shape[2:])
+        noise = comfy.sample.prepare_noise(empty, 3)
+        found = comfy.sample.sample(model, noise, 1, 1.0, "euler", "simple", condition, condition, empty, seed=1)
+        return comfy.utils.pack_latents(found.unbind())[0] if found.is_nested else found
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name not in UNTRAINED])
@@ -133,8 +135,6 @@ def test_models_that_are_not_trained_are_patched(name):
     after = weights(patched)
     changed = {split_name(layer)[0] for layer in attention_weights(model)}
     assert {key for key in before if not torch.equal(before[key], after[key])} == changed and report.changed
-    if name in SAMPLED:
-        assert sample(patched, name).isfinite().all()
     load(model)
     assert same(before, weights(model))
 

@@ -220,7 +220,7 @@ def test_samples_are_of_the_words_as_they_are_now(rough_samples):
     new_model, new_clip, _ = apply(model, [(one, 1.0)], clip)
 
     def distance(words):
-        picture = preview.sample(new_model, replace(prompt, clip=words), tuple(samples[0].latent.shape))
+        picture = preview.sample(new_model, replace(prompt, clip=words), samples[0].shapes)
         pictures = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in (picture, shown))
         return torch.sub(*(pixels.int() for pixels in pictures)).abs().max()
 

@@ -15,12 +15,15 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...errors import SodaTrainingError
 from ...training.objective import min_snr
 from ...training.settings import TrainingSettings
 from .dataset import Sample, buckets, draw
+from .nested import Shapes, shared_noise
+from .own_schedules import on_own_schedules
 
 SEED_LIMIT = 2**63
-Conditions = Callable[[list, torch.Tensor], dict]  # of a caption and a latent (1, C, H, W) as the model takes it
+Conditions = Callable[[list, torch.Tensor, Shapes], dict]  # of a caption and a latent as the model takes it
 
 
 class Caption(NamedTuple):
@@ -36,7 +39,7 @@ class Pass:
 
     x: the noisy latent, x0 the clean one. sigma `(B,)`: the noise levels. c, weight `(B, 1 ...)`: the output's factor
     in the denoised sample, and the weight of its squared error. nothing: the mean error of an output of 0. share: of
-    the whole batch. captions: what the condition says of each sample, if asked for.
+    the whole batch. shapes: of each latent's parts. captions: what the condition says of each sample, if asked for.
     """
 
     x: torch.Tensor
@@ -47,6 +50,7 @@ class Pass:
     nothing: torch.Tensor
     condition: dict
     share: float
+    shapes: Shapes
     captions: Sequence[Caption]
 
 
@@ -87,9 +91,10 @@ class _Data:
         words: bool,
     ):  # fmt: skip
         self.words = words
-        self.model, self.device, self.settings = patcher.model, patcher.load_device, settings
+        self.patcher, self.model, self.device, self.settings = patcher, patcher.model, patcher.load_device, settings
         self.groups = buckets(samples)
         self.latents = [self.model.process_latent_in(s.latent.float()).to(self.device) for s in samples]
+        self.shapes = [s.shapes for s in samples]
         self.captions = [Caption(s.caption, s.text) for s in samples]
         self.empty = None if empty is None else Caption(empty, "")
         self._known: dict[tuple, dict] = {}
@@ -97,7 +102,7 @@ class _Data:
     def passes(self, generator: torch.Generator) -> list[Pass]:
         settings, sampling = self.settings, self.model.model_sampling
         batch = draw(self.groups, settings.batch_size, generator)
-        x0 = torch.cat([self.latents[i] for i in batch])
+        x0, shapes = torch.cat([self.latents[i] for i in batch]), self.shapes[batch[0]]
         noise = torch.randn(x0.shape, generator=generator)
         levels = settings.timesteps.draw(len(batch), generator).tolist()
         sigma = torch.tensor([float(sampling.percent_to_sigma(p)) for p in levels], device=self.device)
@@ -105,19 +110,19 @@ class _Data:
         if settings.caption_dropout and self.empty is not None:
             dropped = torch.rand(len(batch), generator=generator) < settings.caption_dropout
             captions = [self.empty if d else c for d, c in zip(dropped, captions, strict=True)]
-        said = [(c, self._condition(c, self.latents[i])) for i, c in zip(batch, captions, strict=True)]
+        said = [(c, self._condition(c, i)) for i, c in zip(batch, captions, strict=True)]
         if settings.noise_offset:
-            shared = torch.randn(*x0.shape[:2], *(1 for _ in x0.shape[2:]), generator=generator)
-            noise = noise + settings.noise_offset * shared
+            noise = noise + settings.noise_offset * shared_noise(shapes, len(batch), generator)
         noise = noise.to(self.device)
         return [
-            self._pass(x0[rows], noise[rows], sigma[rows], [said[row] for row in rows], len(batch))
+            self._pass(x0[rows], noise[rows], sigma[rows], [said[row] for row in rows], len(batch), shapes)
             for rows in _alike([found for _, found in said])
         ]
 
     def _pass(
-        self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, said: list[tuple[Caption, dict]], count: int
-    ) -> Pass:
+        self, x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, said: list[tuple[Caption, dict]], count: int,
+        shapes: Shapes,
+    ) -> Pass:  # fmt: skip
         captions, conditions = zip(*said, strict=True)
         sampling = self.model.model_sampling
         one = torch.ones_like(x0.flatten(1)[:, :1]).view(-1, *(1 for _ in x0.shape[1:]))
@@ -128,24 +133,36 @@ class _Data:
             signal, noisy = sampling.noise_scaling(sigma, zero, one), sampling.noise_scaling(sigma, one, zero)
             weight = min_snr((signal / noisy).square(), c, self.settings.min_snr_gamma)
         x = sampling.noise_scaling(sigma, noise, x0)
+        x, x0, weight = on_own_schedules(self.patcher, shapes, sigma, noise, x, x0, weight)
         without = sampling.calculate_denoised(sigma, torch.zeros_like(x), x)
         nothing = (((without - x0) / c).square() * weight).mean()
         told = captions if self.words else ()
-        return Pass(x, x0, sigma, c, weight, nothing, comfy.samplers.cond_cat(conditions), len(x0) / count, told)
+        condition, share = comfy.samplers.cond_cat(conditions), len(x0) / count
+        return Pass(x, x0, sigma, c, weight, nothing, condition, share, shapes, told)
 
-    def _condition(self, caption: Caption, latent: torch.Tensor) -> dict:
-        """Computed once per caption and latent shape."""
-        key = (id(caption.encoded), tuple(latent.shape))
+    def _condition(self, caption: Caption, sample: int) -> dict:
+        """Computed once per caption and shape."""
+        key = (id(caption.encoded), self.shapes[sample])
         if key not in self._known:
-            self._known[key] = condition(self.model, self.device, self.settings.seed, caption.encoded, latent)
+            self._known[key] = condition(
+                self.model, self.device, self.settings.seed, caption.encoded, self.latents[sample], self.shapes[sample]
+            )
         return self._known[key]
 
 
-def condition(model, device: torch.device, seed: int, caption: list, latent: torch.Tensor) -> dict:
-    """What a model is conditioned on by a caption, for a latent (1, C, H, W); differentiable in the caption."""
+def condition(model, device: torch.device, seed: int, caption: list, latent: torch.Tensor, shapes: Shapes) -> dict:
+    """What a model is conditioned on by a caption, for a latent (1, C, H, W) or one of several parts, packed;
+    differentiable in the caption. Raises SodaTrainingError for a model that takes no latents of several parts."""
     conds = {"positive": comfy.sampler_helpers.convert_cond([caption])}
-    conds = comfy.samplers.process_conds(model, torch.zeros_like(latent), conds, device, latent, seed=seed)
+    conds = comfy.samplers.process_conds(
+        model, torch.zeros_like(latent), conds, device, latent, seed=seed, latent_shapes=[torch.Size(s) for s in shapes]
+    )
     found = conds["positive"][0]["model_conds"]
+    if len(shapes) > 1 and "latent_shapes" not in found:
+        raise SodaTrainingError(
+            f"The latents have {len(shapes)} parts, as a video with its sound has, but {type(model).__name__} takes "
+            "one. Wire the latent of one part."
+        )
     return {name: _trainable(value.process_cond(batch_size=1, area=None), device) for name, value in found.items()}
 
 

@@ -13,14 +13,16 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...errors import SodaTrainingError
+from .nested import Shapes, split
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training image: a latent (1, C, H, W) as the VAE gave it, and its caption as ComfyUI encodes it; the words
-    of that where a text encoder trains along."""
+    """One training image: a latent (1, C, H, W) as the VAE gave it, or packed (see `nested`) with the shapes of its
+    parts, and its caption as ComfyUI encodes it; the words of that where a text encoder trains along."""
 
     latent: torch.Tensor
+    shapes: Shapes
     caption: list  # [tensor (1, tokens, width), dict]
     text: str = ""
 
@@ -28,7 +30,7 @@ class Sample:
 def collect(latents: Sequence[dict], positive: Sequence[list], kind: str = "latent") -> list[Sample]:
     """Pair every latent with its caption, in order; `kind` is what errors call one. Wrong counts and numbers raise
     SodaTrainingError."""
-    images = [_normal(one[None]) for latent in latents for one in latent["samples"]]
+    images = [(_normal(one), shapes) for latent in latents for one, shapes in split(latent["samples"])]
     captions = [caption for conditioning in positive for caption in conditioning]
     if not images:
         raise SodaTrainingError(f"There are no {kind}s to train on: wire at least one encoded image.")
@@ -41,7 +43,7 @@ def collect(latents: Sequence[dict], positive: Sequence[list], kind: str = "late
             f"There are {len(images)} {kind}s but {len(captions)} captions. "
             "Give one caption for each image in the same order, or a single caption for all of them."
         )
-    for index, image in enumerate(images):
+    for index, (image, _) in enumerate(images):
         which = f"{kind.capitalize()} {index + 1} of {len(images)}"
         if not torch.isfinite(image).all():
             raise SodaTrainingError(f"{which} holds NaN or infinity. Encode it again.")
@@ -51,7 +53,7 @@ def collect(latents: Sequence[dict], positive: Sequence[list], kind: str = "late
             )
     if len(captions) == 1:
         captions *= len(images)
-    return [Sample(image, caption) for image, caption in zip(images, captions, strict=True)]
+    return [Sample(*image, caption) for image, caption in zip(images, captions, strict=True)]
 
 
 def must_fit(samples: Sequence[Sample], patcher: ModelPatcher, kind: str = "latent") -> None:
@@ -60,6 +62,8 @@ def must_fit(samples: Sequence[Sample], patcher: ModelPatcher, kind: str = "late
     inside = torch.zeros(1, form.latent_channels, *[2] * form.latent_dimensions)
     wanted, *places = form.process_out(inside).shape[1:]  # as the VAE has it, which is not always as the model has it
     for index, sample in enumerate(samples):
+        if len(sample.shapes) > 1:  # whose formats ComfyUI knows in part only
+            continue
         channels, *sizes = sample.latent.shape[1:]
         if channels != wanted or len(sizes) != len(places):
             raise SodaTrainingError(
@@ -106,10 +110,10 @@ def reworded(caption: list, said: list) -> list:
 
 
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples of one latent shape, for every shape, in the order of first appearance."""
-    by_shape: dict[tuple, list[int]] = {}
+    """Indices of samples of one shape, for every shape, in the order of first appearance."""
+    by_shape: dict[Shapes, list[int]] = {}
     for index, sample in enumerate(samples):
-        by_shape.setdefault(tuple(sample.latent.shape), []).append(index)
+        by_shape.setdefault(sample.shapes, []).append(index)
     return list(by_shape.values())
 
 

@@ -27,7 +27,8 @@ KEY = "soda_training"
 
 
 class Injection:
-    """Context manager around training on `patcher`; `weights` (layer name -> tensor) is what the model computes with.
+    """Context manager around training on `patcher`; `weights` (layer name -> tensor) is what the model computes with,
+    its own where that is empty.
 
     A weight that carries patches of others (a LoRA) keeps what they add: W = adapted + (patched - W0). With `again` the
     network's blocks keep no activations for the backward pass but compute them again.
@@ -100,6 +101,8 @@ class Injection:
         layers = sorted((split_rows(layer)[1] or (0, 0), layer) for layer in self._layers[key])
 
         def adapted(weight: torch.Tensor) -> torch.Tensor:
+            if not self.weights:
+                return weight
             new = self._whole(weight, layers, base is None)
             if base is not None:
                 new = new + (weight.float() - base.to(device=weight.device, dtype=torch.float32))

@@ -15,7 +15,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
+from . import nested
+
 if TYPE_CHECKING:
+    from .nested import Shapes
     from .progress import TrainingProgress
 
 log = logging.getLogger(__name__)
@@ -52,21 +55,21 @@ class SamplePrompt:
 
 
 def show_sample(
-    patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...], step: int, progress: TrainingProgress,
+    patcher: ModelPatcher, prompt: SamplePrompt, shapes: Shapes, step: int, progress: TrainingProgress,
     reload: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Show a sample made after `step` on the node; latent_shape (1, C, H, W) as the VAE gives it. `reload()` loads the
-    model for training again.
+    """Show a sample made after `step` on the node; `shapes` are those of the latent as the VAE gives it. `reload()`
+    loads the model for training again.
 
     It is a courtesy: one that would not fit into the memory, or fails, is told there and does not end the training.
     """
     started = time.monotonic()
     try:
-        missing = _missing_memory(patcher, prompt, latent_shape)
+        missing = _missing_memory(patcher, prompt, shapes)
         if missing > 0:
             progress.note(f"No sample after step {step + 1}: it needs {missing / GIB:.1f} GiB more memory.")
         else:
-            progress.preview(step, sample(patcher, prompt, latent_shape))
+            progress.preview(step, sample(patcher, prompt, shapes))
     except Exception as error:
         log.exception("The sample after step %d failed", step + 1)
         out_of_memory = comfy.model_management.is_oom(error)
@@ -78,17 +81,17 @@ def show_sample(
         progress.pause(time.monotonic() - started)
 
 
-def sample(patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...]) -> Image.Image:
-    """One image of `patcher` with the weights it computes with now; latent_shape (1, C, H, W) as the VAE gives it."""
+def sample(patcher: ModelPatcher, prompt: SamplePrompt, shapes: Shapes) -> Image.Image:
+    """One image of `patcher` with the weights it computes with now."""
     with torch.inference_mode():
         positive, negative = prompt.conditioning
-        latent = torch.zeros(latent_shape)
+        latent = nested.empty(shapes)
         noise = comfy.sample.prepare_noise(latent, prompt.seed)
         result = comfy.sample.sample(
             patcher, noise, STEPS, CFG, "euler", "normal", positive, negative, latent,
             disable_pbar=True, seed=prompt.seed,
         )  # fmt: skip
-        return image_of(prompt.vae.decode(result))
+        return image_of(prompt.vae.decode(nested.first(result)))
 
 
 def image_of(pixels: torch.Tensor) -> Image.Image:
@@ -97,15 +100,15 @@ def image_of(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray((first.clamp(0, 1) * 255).round().to(device="cpu", dtype=torch.uint8).numpy())
 
 
-def _missing_memory(patcher: ModelPatcher, prompt: SamplePrompt, latent_shape: tuple[int, ...]) -> float:
+def _missing_memory(patcher: ModelPatcher, prompt: SamplePrompt, shapes: Shapes) -> float:
     """Bytes that are short for sampling with guidance and then decoding beside the model that trains; ≤ 0: none.
 
     By ComfyUI's own estimates, with the margin that it keeps on a GPU before it unloads other models.
     """
     device = patcher.load_device
     vae = prompt.vae
-    decoding = vae.memory_used_decode(latent_shape, vae.vae_dtype) + vae.patcher.model_size()
-    needed = max(patcher.memory_required([2 * latent_shape[0], *latent_shape[1:]]), decoding)
+    decoding = vae.memory_used_decode(shapes[0], vae.vae_dtype) + vae.patcher.model_size()
+    needed = max(sum(patcher.memory_required([2 * shape[0], *shape[1:]]) for shape in shapes), decoding)
     if not comfy.model_management.is_device_cpu(device):
         needed += comfy.model_management.minimum_inference_memory()
     return needed - comfy.model_management.get_free_memory(device)

@@ -59,8 +59,9 @@ class Task:
         return networks
 
     def latent_sizes(self) -> list[str]:
-        """As 64x48, each once."""
-        return sorted({"x".join(map(str, sample.latent.shape[2:])) for sample in self.samples})
+        """As 64x48, each once; of several parts as 8x64x48+2x40."""
+        said = {tuple("x".join(map(str, shape[2:])) for shape in sample.shapes) for sample in self.samples}
+        return sorted("+".join(parts) for parts in said)
 
     def hash(self) -> str:
         """SHA-256 of all this."""

@@ -59,5 +59,5 @@ class TextEncoder:
     def _condition(self, part: Pass, said: Mapping[str, list], conditions: Conditions) -> dict:
         rows = zip(part.captions, part.x0, strict=True)
         return comfy.samplers.cond_cat(
-            [conditions(reworded(caption.encoded, said[caption.text]), latent[None]) for caption, latent in rows]
+            [conditions(reworded(c.encoded, said[c.text]), latent[None], part.shapes) for c, latent in rows]
         )

@@ -161,6 +161,7 @@ def _train(
 
             def batch_of(index: int):
                 comfy.model_management.throw_exception_if_processing_interrupted()
+                injection.weights = {}  # some networks prepare captions by attention of their own, once for all steps
                 return batches(index)
 
             watch = _Watch(progress, run, injection, patcher, prompt, task.samples, load, text)
@@ -258,11 +259,10 @@ class _Watch:
         self.progress.step(step, loss)
         prompt = self.prompt
         if prompt is not None and prompt.due(step, self.run.settings.steps):
-            shape = tuple(self.samples[0].latent.shape)
             self.run.moved()
             with torch.no_grad(), self.run.settled():  # to the end: some plans make the weights where they are needed
                 self.injection.weights = weights = self.run.parameters()
                 if self.text is not None:
                     self.text.weights = weights
                     prompt = replace(prompt, clip=self.text.clip)  # to be encoded anew
-                show_sample(self.patcher, prompt, shape, step, self.progress, self.reload)
+                show_sample(self.patcher, prompt, self.samples[0].shapes, step, self.progress, self.reload)
