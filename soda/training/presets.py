@@ -7,4 +7,4 @@ target: self-attention bears more.
 from __future__ import annotations
 
 TARGETS = {"subject": "cross-attention", "style": "self-attention", "other": "all attention"}
-LEARNING_RATES = {"cross-attention": 0.0125, "self-attention": 0.05, "all attention": 0.01}
+LEARNING_RATES = {"cross-attention": 0.00875, "self-attention": 0.05, "all attention": 0.01}

@@ -103,7 +103,7 @@ def test_options_as_they_stand_change_nothing(client, adapters):
 
 
 @pytest.mark.parametrize(
-    ("role", "part", "rate"), [("subject", ".attn2.", "0.0125"), ("style", ".attn1.", "0.05"), ("other", "", "0.01")]
+    ("role", "part", "rate"), [("subject", ".attn2.", "0.00875"), ("style", ".attn1.", "0.05"), ("other", "", "0.01")]
 )
 def test_role_and_run_is_a_preset(client, adapters, role, part, rate):
     prompt, playground = graph()
