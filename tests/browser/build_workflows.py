@@ -52,8 +52,7 @@ An adapter that is not a file yet, straight from SODA Train or SODA Save, goes i
 
 TRAIN_NOTE = """# Train, save and use an adapter in one graph
 1. **SODA Playground Drawings** gives captioned drawings of an invented creature, *pom*. For a drawing style set
-*concept* to *comic*, *role* to style, *targets* to self-attention, *learning_rate* to 0.04 and *steps* to 300
-(prompt: a green triangle on a gray background, ohwx style).
+*concept* to *comic* and *role* to style (prompt: a green triangle on a gray background, ohwx style).
 2. **Make Training Dataset** (ComfyUI's own) encodes them; **SODA Train** learns. Step, loss and time left stand on the
 node; a few minutes on a CPU.
 3. **SODA Save** writes **output/loras/soda/my_subject_00001_.safetensors** and passes on what it reads back.
@@ -174,7 +173,7 @@ def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, words: st
         "MakeTrainingDataset", (380, 310, 280, 110), images=images, texts=texts, vae=base("VAE"), clip=base("CLIP")
     )
     trained = w.node(
-        "SodaTrain", (700, 310, 360, 760), **settings, model=base("MODEL"), latents=data("latents"),
+        "SodaTrain", (700, 310, 360, 810), **settings, model=base("MODEL"), latents=data("latents"),
         positive=data("conditioning"),
     )  # fmt: skip
     w.node("LossGraphNode", (380, 490, 280, 360), loss=trained(LOSS), filename_prefix="soda_loss")
@@ -184,9 +183,9 @@ def train(w: Workflow, base, images: tuple, texts: tuple, prefix: str, words: st
     mix = w.node("SodaMix", (1140, 570, 320, 280), model=base("MODEL"), clip=base("CLIP"),
                  **rows({"adapter_name": "(wired)", "weight": 1.0}), **{WIRED: saved(ADAPTER)})  # fmt: skip
     models = {"Before training": base("MODEL"), "After training": mix("MODEL")}
-    w.group("2. Train", "green", (360, 240, 720, 850))
-    w.group("3. Save, and use the saved file", "brown", (1120, 240, 360, 850))
-    sampling(w, 1130, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), prompt, models)
+    w.group("2. Train", "green", (360, 240, 720, 900))
+    w.group("3. Save, and use the saved file", "brown", (1120, 240, 360, 900))
+    sampling(w, 1180, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), prompt, models)
 
 
 def train_and_use() -> Workflow:
@@ -195,15 +194,16 @@ def train_and_use() -> Workflow:
     base = w.node("SodaPlayground", (20, 310, 280, 90))
     drawings = w.node("SodaPlaygroundDrawings", (20, 460, 280, 90), concept="pom")
     w.node("PreviewImage", (20, 610, 280, 240), "The drawings", images=drawings("images"))
-    w.group("1. Model and drawings", "blue", (0, 240, 320, 850))
+    w.group("1. Model and drawings", "blue", (0, 240, 320, 900))
     images, texts = drawings("images"), drawings("texts")
-    train(w, base, images, texts, "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, learning_rate=0.015,
-          role="subject", targets="cross-attention")  # fmt: skip
+    train(w, base, images, texts, "my_subject", "sks monster", SUBJECT_PROMPT, steps=STEPS, role="subject")
     return w
 
 
 def train_on_photos() -> Workflow:
-    w = Workflow("soda_4_train_on_photos", ["SodaTrain", "SodaSave", "SodaMix", "PreviewImage", "KSampler"])
+    w = Workflow(
+        "soda_4_train_on_photos", ["SodaPlayground", "SodaTrain", "SodaSave", "SodaMix", "PreviewImage", "KSampler"]
+    )
     w.note((0, 0, WIDTH, 200), "Read me", PHOTOS_NOTE)
     base = w.node("SodaPlayground", (20, 310, 280, 90))
     photos = w.node("LoadImageTextDataSetFromFolder", (20, 460, 280, 100), folder="my_photos")
@@ -211,7 +211,7 @@ def train_on_photos() -> Workflow:
         "ImageScale", (20, 630, 280, 160), "Resize to the model's size", image=photos("images"),
         upscale_method="area", width=64, height=64, crop="center",
     )  # fmt: skip
-    w.group("1. Model and photos", "blue", (0, 240, 320, 850))
+    w.group("1. Model and photos", "blue", (0, 240, 320, 900))
     train(w, base, small("IMAGE"), photos("texts"), "my_photos", "sks dog", PHOTOS_PROMPT, steps=STEPS, role="subject")
     return w
 
