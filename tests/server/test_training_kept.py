@@ -146,6 +146,13 @@ def _run_to_its_death(client, prompt, kill) -> None:
         print(f"as it should be: {error}")
 
 
+VARIETY = (
+    {}, {"options": {"memory": "frugal"}}, {"options": {"loss": "dco", "loss.beta": 500.0, "ema": 0.9}},
+    {"decomposition": "svd", "targets": "cross-attention"},
+    {"sample_prompt": "a sks monster", "options": {"sample_every": 2}, "targets": "self-attention"},
+)  # fmt: skip
+
+
 def test_fifty_trainings_leave_memory_and_open_files_flat(client, base_unchanged):
     """Memory after 50 is that after 10, within what one training takes and gives back."""
     server = psutil.Process(client.server.process.pid)
@@ -154,8 +161,10 @@ def test_fifty_trainings_leave_memory_and_open_files_flat(client, base_unchanged
         prompt = Prompt()
         playground = Playground(prompt)
         latents, positive = playground.drawings()
-        more = {"steps": 2, "batch_size": 1, "seed": 1000 + number}
-        node = playground.train(positive, latents=latents, options=playground.options(layers="*middle*to_q"), **more)
+        more = {"steps": 2, "batch_size": 1, "seed": 1000 + number, "clip": playground.clip, "vae": playground.vae}
+        more |= VARIETY[number % len(VARIETY)]
+        more["options"] = playground.options(**more.get("options", {}))
+        node = playground.train(positive, latents=latents, **more)
         prompt.add("LossGraphNode", loss=(node, 1), filename_prefix="loss")
         client.run(prompt)
         seen.append((server.memory_info().rss / 2**20, server.num_fds()))
