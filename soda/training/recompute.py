@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 INPLACE = "modified by an inplace operation"
 _copies = False
+_within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 @contextlib.contextmanager
@@ -28,6 +29,17 @@ def copying() -> Iterator[None]:
         yield
     finally:
         _copies = before
+
+
+@contextlib.contextmanager
+def again_within(context: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Within it, what is computed again is so within context(): a backward pass knows no mode of its forward pass."""
+    global _within
+    before, _within = _within, context
+    try:
+        yield
+    finally:
+        _within = before
 
 
 def recomputed(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +63,7 @@ class _Frame:
     """One call: its arguments until it is computed again, then what that saved."""
 
     def __init__(self, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
-        self.run, self.copies = run, _copies
+        self.run, self.copies, self.within = run, _copies, _within
         self.arguments: Any = _held((args, kwargs), self.copies)
         self.handles: list[weakref.ref[_Handle]] = []
         self.tensors: weakref.WeakKeyDictionary[_Handle, _Kept] = weakref.WeakKeyDictionary()
@@ -75,7 +87,7 @@ class _Frame:
             if handle is not None:
                 self.tensors[handle] = _Kept(tensor.detach(), self.copies)
 
-        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(keep, _never):
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(keep, _never), self.within():
             args, kwargs = _given(held)
             self.run(*args, **kwargs)
         self.handles = []

@@ -8,6 +8,7 @@ import torch
 from comfy.ldm.flux.math import rope
 from comfy_kitchen.backends.eager import rope as formulas
 from soda_pack.soda.hosts.comfy.differentiable import FUSED, differentiated
+from soda_pack.soda.training.recompute import recomputed
 
 
 def test_an_inplace_residual_has_the_gradient_of_a_plain_one():
@@ -32,6 +33,27 @@ def test_an_inplace_residual_has_the_gradient_of_a_plain_one():
     calls.clear()
     assert torch.equal(differentiated(lambda: gradient(True)), gradient(False))
     assert calls == [True, True, False]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_written_into_a_given_tensor_has_the_gradient_of_a_plain_result(again):
+    """As in ComfyUI 0.33's language models, also where a block is computed again in the backward pass."""
+    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+    def gradient(out):
+        def block(x, weight):
+            y = torch.nn.functional.layer_norm(x, (8,)) @ weight
+            return torch.add(x, y, out=x) if out else torch.add(x, y)
+
+        with torch.inference_mode(False), torch.enable_grad():
+            weight = w.clone().requires_grad_()
+            x = torch.ones(4, 8) @ weight
+            (recomputed(block, x, weight) if again else block(x, weight)).pow(3).sum().backward()
+            return weight.grad
+
+    with pytest.raises(RuntimeError, match="out="):
+        gradient(True)
+    assert torch.equal(differentiated(lambda: gradient(True)), gradient(False))
 
 
 def test_other_errors_are_not_swallowed():

@@ -7,6 +7,7 @@ import comfy.utils
 import model_zoo
 import pytest
 import torch
+from comfy.ldm.minimax import model as minimax
 from small_models import load, small_model
 from soda_pack.soda.errors import SodaTrainingError
 from soda_pack.soda.hosts.comfy import dataset, preview
@@ -69,6 +70,20 @@ def test_shapes_that_pack_to_one_length_are_not_batched_together():
     assert dataset.buckets(samples) == [[0], [1]]
 
 
+def test_sound_comes_in_on_the_pictures_schedule():
+    """MiniMax H3 as ComfyUI 0.33 has it: by the ratio of the shifts, 12 and 3."""
+    model = model_zoo.build("MiniMaxH3")
+    if hasattr(minimax, "time_shift_slope"):
+        pytest.skip("this ComfyUI does so within the network")
+    shapes = model_zoo.PARTS["MiniMaxH3"]
+    samples = dataset.collect(av_latents(shapes), [model_zoo.conditioning("MiniMaxH3")])
+    (part,) = passes(model, samples, batch_size=1)
+    split = torch.Size(shapes[0]).numel()
+    assert torch.equal(part.x0[..., :split], samples[0].latent[..., :split])
+    assert torch.equal(part.x0[..., split:], 4 * samples[0].latent[..., split:])
+
+
+@pytest.mark.skipif(not hasattr(minimax, "time_shift_slope"), reason="a newer ComfyUI")
 def test_sound_on_a_schedule_of_its_own():
     """MiniMax H3. A level b in 0 to 1 shifted by s is s b / (1 + (s - 1) b); pictures 12, sound 3."""
     model = model_zoo.build("MiniMaxH3")

@@ -19,7 +19,7 @@ from ...errors import SodaTrainingError
 from ...training.objective import min_snr
 from ...training.settings import TrainingSettings
 from .dataset import Sample, buckets, draw
-from .nested import Shapes, shared_noise
+from .nested import Shapes, shared_noise, tell
 from .own_schedules import on_own_schedules
 
 SEED_LIMIT = 2**63
@@ -93,11 +93,15 @@ class _Data:
         self.words = words
         self.patcher, self.model, self.device, self.settings = patcher, patcher.model, patcher.load_device, settings
         self.groups = buckets(samples)
-        self.latents = [self.model.process_latent_in(s.latent.float()).to(self.device) for s in samples]
+        self.latents = [self._latent(s) for s in samples]
         self.shapes = [s.shapes for s in samples]
         self.captions = [Caption(s.caption, s.text) for s in samples]
         self.empty = None if empty is None else Caption(empty, "")
         self._known: dict[tuple, dict] = {}
+
+    def _latent(self, sample: Sample) -> torch.Tensor:
+        tell(self.model, sample.shapes)
+        return self.model.process_latent_in(sample.latent.float()).to(self.device)
 
     def passes(self, generator: torch.Generator) -> list[Pass]:
         settings, sampling = self.settings, self.model.model_sampling
@@ -155,7 +159,7 @@ def condition(model, device: torch.device, seed: int, caption: list, latent: tor
     differentiable in the caption. Raises SodaTrainingError for a model that takes no latents of several parts."""
     conds = {"positive": comfy.sampler_helpers.convert_cond([caption])}
     conds = comfy.samplers.process_conds(
-        model, torch.zeros_like(latent), conds, device, latent, seed=seed, latent_shapes=[torch.Size(s) for s in shapes]
+        model, torch.zeros_like(latent), conds, device, latent, seed=seed, latent_shapes=tell(model, shapes)
     )
     found = conds["positive"][0]["model_conds"]
     if len(shapes) > 1 and "latent_shapes" not in found:

@@ -1,21 +1,25 @@
 """What ComfyUI's networks lack to be trained through: they are written for sampling, where nothing is differentiated.
 
-Some add to their residual stream in place, which destroys what the backward pass of the norm before it needs; some
-call fused kernels of comfy_kitchen that have no derivative.
+Some add to their residual stream in place, which destroys what the backward pass of the norm before it needs, or into
+a tensor given as `out`, through which torch passes no gradient; some call fused kernels of comfy_kitchen that have no
+derivative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
 import torch
 from torch import library
+from torch.overrides import TorchFunctionMode
 
-from ...training.recompute import INPLACE, copying
+from ...training.recompute import INPLACE, again_within, copying
 
 Result = TypeVar("Result")
+OUT = "don't support automatic differentiation"
 FUSED = (
     "apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1",
     "rms_rope_split_half", "rms_rope_split_half1",
@@ -25,18 +29,43 @@ FUSED = (
 def differentiated(run: Callable[[], Result]) -> Result:
     """run(), of which the first backward pass comes before any change of state.
 
-    A network that writes into its residual stream makes that pass fail; then all starts again with a copy kept of
-    whatever a backward pass needs. The copies cost memory, and every operation of the host some microseconds, so that
-    other networks go without.
+    A network that writes into its residual stream makes that pass fail; then all starts again with a remedy: a copy
+    kept of whatever a backward pass needs, or results in tensors of their own. Copies cost memory, and both every
+    operation of the host some microseconds, so that other networks go without.
     """
     _register_derivatives()
-    try:
-        return run()
-    except RuntimeError as error:
-        if INPLACE not in str(error):
-            raise
+    remedies: dict[str, Callable[[], AbstractContextManager]] = {INPLACE: _copies, OUT: _results}
+    with ExitStack() as stack:
+        while True:
+            try:
+                return run()
+            except RuntimeError as error:
+                trouble = next((words for words in remedies if words in str(error)), None)
+                if trouble is None:
+                    raise
+            stack.enter_context(remedies.pop(trouble)())
+
+
+@contextmanager
+def _copies() -> Iterator[None]:
     with copying(), torch.autograd.graph.allow_mutation_on_saved_tensors():
-        return run()
+        yield
+
+
+@contextmanager
+def _results() -> Iterator[None]:
+    with again_within(_ResultsOfTheirOwn), _ResultsOfTheirOwn():
+        yield
+
+
+class _ResultsOfTheirOwn(TorchFunctionMode):
+    """f(..., out=tensor) is f(...) where gradients are wanted; what it gives is what networks go on with."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() and kwargs.get("out") is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+        return func(*args, **kwargs)
 
 
 @lru_cache(maxsize=1)

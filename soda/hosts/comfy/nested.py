@@ -23,6 +23,12 @@ def split(samples: Any) -> list[tuple[torch.Tensor, Shapes]]:
     return [(_packed(row), tuple(tuple(part.shape) for part in row)) for row in rows]
 
 
+def tell(model: Any, shapes: Shapes) -> list[torch.Size]:
+    """A BaseModel what the numbers of packed latents belong to, as samplers of newer ComfyUIs do; the shapes."""
+    model.latent_shapes = [torch.Size(shape) for shape in shapes]
+    return model.latent_shapes
+
+
 def empty(shapes: Shapes) -> Any:
     """Zeros in these shapes, as a LATENT holds them."""
     parts = [torch.zeros(shape) for shape in shapes]
