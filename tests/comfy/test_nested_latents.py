@@ -70,47 +70,47 @@ def test_shapes_that_pack_to_one_length_are_not_batched_together():
     assert dataset.buckets(samples) == [[0], [1]]
 
 
-def test_sound_comes_in_on_the_pictures_schedule():
-    """MiniMax H3 as ComfyUI 0.33 has it: by the ratio of the shifts, 12 and 3."""
-    model = model_zoo.build("MiniMaxH3")
-    if hasattr(minimax, "time_shift_slope"):
-        pytest.skip("this ComfyUI does so within the network")
-    shapes = model_zoo.PARTS["MiniMaxH3"]
-    samples = dataset.collect(av_latents(shapes), [model_zoo.conditioning("MiniMaxH3")])
-    (part,) = passes(model, samples, batch_size=1)
-    split = torch.Size(shapes[0]).numel()
-    assert torch.equal(part.x0[..., :split], samples[0].latent[..., :split])
-    assert torch.equal(part.x0[..., split:], 4 * samples[0].latent[..., split:])
+if hasattr(minimax, "time_shift_slope"):
 
+    def test_sound_on_a_schedule_of_its_own():
+        """MiniMax H3. A level b in 0 to 1 shifted by s is s b / (1 + (s - 1) b); pictures 12, sound 3."""
+        model = model_zoo.build("MiniMaxH3")
+        shapes = model_zoo.PARTS["MiniMaxH3"]
+        samples = dataset.collect(av_latents(shapes), [model_zoo.conditioning("MiniMaxH3")])
+        (part,) = passes(model, samples, batch_size=1)
+        (clean,) = [one.latent for one in samples]
+        split = torch.Size(shapes[0]).numel()
 
-@pytest.mark.skipif(not hasattr(minimax, "time_shift_slope"), reason="a newer ComfyUI")
-def test_sound_on_a_schedule_of_its_own():
-    """MiniMax H3. A level b in 0 to 1 shifted by s is s b / (1 + (s - 1) b); pictures 12, sound 3."""
-    model = model_zoo.build("MiniMaxH3")
-    shapes = model_zoo.PARTS["MiniMaxH3"]
-    samples = dataset.collect(av_latents(shapes), [model_zoo.conditioning("MiniMaxH3")])
-    (part,) = passes(model, samples, batch_size=1)
-    (clean,) = [one.latent for one in samples]
-    split = torch.Size(shapes[0]).numel()
+        def sound_level(level: float) -> float:
+            b = level / (12 - 11 * level)
+            return 3 * b / (1 + 2 * b)
 
-    def sound_level(level: float) -> float:
-        b = level / (12 - 11 * level)
-        return 3 * b / (1 + 2 * b)
+        level = float(part.sigma)
+        slope = (sound_level(level + 1e-6) - sound_level(level - 1e-6)) / 2e-6
+        noise = (part.x[..., :split] - (1 - level) * clean[..., :split]) / level
+        generator = torch.Generator().manual_seed(0)
+        dataset.draw([[0]], 1, generator)  # as the batch did before its noise
+        drawn = torch.randn(clean.shape, generator=generator)
+        assert torch.allclose(noise, drawn[..., :split], atol=1e-3)
+        sound = (1 - sound_level(level)) * clean[..., split:] + sound_level(level) * drawn[..., split:]
+        assert torch.allclose(part.x[..., split:], sound, atol=1e-4)
+        right = drawn - clean
+        right[..., split:] *= slope
+        denoised = model.model.model_sampling.calculate_denoised(part.sigma, right, part.x)
+        assert ((denoised - part.x0) / part.c).abs().max() < 1e-3
+        assert torch.allclose(part.weight[..., split:], torch.tensor(slope**-2), rtol=1e-3)
 
-    level = float(part.sigma)
-    slope = (sound_level(level + 1e-6) - sound_level(level - 1e-6)) / 2e-6
-    noise = (part.x[..., :split] - (1 - level) * clean[..., :split]) / level
-    generator = torch.Generator().manual_seed(0)
-    dataset.draw([[0]], 1, generator)  # as the batch did before its noise
-    drawn = torch.randn(clean.shape, generator=generator)
-    assert torch.allclose(noise, drawn[..., :split], atol=1e-3)
-    sound = (1 - sound_level(level)) * clean[..., split:] + sound_level(level) * drawn[..., split:]
-    assert torch.allclose(part.x[..., split:], sound, atol=1e-4)
-    right = drawn - clean
-    right[..., split:] *= slope
-    denoised = model.model.model_sampling.calculate_denoised(part.sigma, right, part.x)
-    assert ((denoised - part.x0) / part.c).abs().max() < 1e-3
-    assert torch.allclose(part.weight[..., split:], torch.tensor(slope**-2), rtol=1e-3)
+else:
+
+    def test_sound_comes_in_on_the_pictures_schedule():
+        """MiniMax H3 as ComfyUI 0.33 has it: by the ratio of the shifts, 12 and 3."""
+        model = model_zoo.build("MiniMaxH3")
+        shapes = model_zoo.PARTS["MiniMaxH3"]
+        samples = dataset.collect(av_latents(shapes), [model_zoo.conditioning("MiniMaxH3")])
+        (part,) = passes(model, samples, batch_size=1)
+        split = torch.Size(shapes[0]).numel()
+        assert torch.equal(part.x0[..., :split], samples[0].latent[..., :split])
+        assert torch.equal(part.x0[..., split:], 4 * samples[0].latent[..., split:])
 
 
 def test_models_that_take_pictures_alone_refuse_them():

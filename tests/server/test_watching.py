@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import time
 
 import pytest
@@ -176,7 +177,10 @@ def test_samples_are_marked_and_kept_as_a_strip(client, server, base_unchanged):
     assert state(client, node)["samples"] == [2, 4, 6, 8]
     (image,) = result.images(node)
     assert (image["subfolder"], image["type"]) == ("soda", "output")
-    assert image["filename"].startswith("training_0000") and (server.output / "soda" / image["filename"]).is_file()
+    assert (
+        re.fullmatch(r"training_\d{5}_\.png", image["filename"])
+        and (server.output / "soda" / image["filename"]).is_file()
+    )
     strip = Image.open(io.BytesIO(client.view(image)))
     assert strip.width > 4 * 192 and strip.height > 192
     assert "SodaTrain" in strip.text["prompt"]  # dropping the file on a page gives the workflow, as with any output
