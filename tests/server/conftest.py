@@ -22,6 +22,13 @@ from runner.server import Server  # noqa: E402
 collect_ignore = ["test_training_gpu.py"] if ON_CPU else []
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not ON_CPU:
+        left_out = [item for item in items if item.get_closest_marker("on_cpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 class ServerWithHelpers(Server):
     def _stage(self) -> None:
         super()._stage()

@@ -3,7 +3,6 @@
 import pytest
 import safetensors.torch
 import torch
-from device import INEXACT
 from prompts import Playground, Prompt
 
 from runner.client import PromptFailed, Refused
@@ -31,7 +30,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.skipif(**INEXACT)
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("decomposition", ["lq", "svd", "qr", "none"])
 def test_the_same_seed_gives_the_same_tensors_and_the_base_stays(client, adapters, base_unchanged, decomposition):
     first = train_and_save(client, adapters, "twin", decomposition=decomposition, role="subject")

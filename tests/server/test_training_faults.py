@@ -8,7 +8,6 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
-from device import ON_CPU
 from PIL import Image
 from prompts import Playground, Prompt
 
@@ -53,9 +52,9 @@ def test_without_room_for_the_strip_the_training_is_kept(client, server, base_un
     assert "step 1/1" in said and "The strip of samples could not be saved" in said
 
 
-@pytest.mark.skipif(not ON_CPU, reason="a sample would end before the word to cancel arrives")
+@pytest.mark.on_cpu
 def test_cancelled_in_a_sample_the_samples_before_are_kept(client, server, base_unchanged):
-    """The second sample begins once step 2 is told."""
+    """The second sample begins once step 2 is told; on a GPU it would end before the word to cancel arrives."""
     prompt, node = training(seed=303, sample_prompt="a sks monster", steps=4, options={"sample_every": 1})
     before = set((server.output / "soda").glob("training_*.png"))
 
@@ -83,8 +82,8 @@ def test_samples_that_would_not_fit_are_left_out(client, base_unchanged):
 @contextlib.contextmanager
 def little_memory(server):
     """The server's process may take 150 MiB more than it has."""
-    if not ON_CPU or not hasattr(psutil.Process, "rlimit"):
-        pytest.skip("only Linux bounds another process, and its main memory alone")
+    if not hasattr(psutil.Process, "rlimit"):
+        pytest.skip("only Linux bounds another process")
     process = psutil.Process(server.process.pid)
     before = process.rlimit(psutil.RLIMIT_AS)
     process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 150 * 2**20, before[1]))
@@ -94,6 +93,7 @@ def little_memory(server):
         process.rlimit(psutil.RLIMIT_AS, before)
 
 
+@pytest.mark.on_cpu
 def test_out_of_memory_says_what_to_lower(client, server, base_unchanged):
     client.run(training(seed=304, steps=1)[0])
     prompt, node = training(seed=305, batch_size=400, options={"memory": "fast"})
@@ -125,8 +125,9 @@ def test_a_run_that_diverges_goes_back_thrice_and_keeps_its_last_good_adapter(cl
     assert told["state"] == "failed"
 
 
-@pytest.mark.skipif(not ON_CPU, reason="a recorded step calls no Python that could fail")
+@pytest.mark.on_cpu
 def test_a_run_that_fails_once_goes_back_and_ends(client, server, base_unchanged):
+    """On a GPU steps are recorded, which calls no Python that could fail."""
     prompt, node = training(seed=315, steps=20, learning_rate=0.001)
     model = prompt.add("FailsOnce", model=tuple(prompt[node]["inputs"]["model"]), at=15)
     prompt[node]["inputs"]["model"] = [model, 0]

@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import safetensors.torch
-from device import INEXACT
 from prompts import Playground, Prompt
 
 from runner.client import Client, PromptFailed
@@ -62,7 +61,7 @@ def at_step(node: str, step: int, act):
     return on_event
 
 
-@pytest.mark.skipif(**INEXACT)
+@pytest.mark.on_cpu
 def test_cancelled_and_queued_again_it_goes_on(client, adapters, base_unchanged):
     prompt, _ = training("whole", seed=101, reuse=False)
     client.run(prompt)
@@ -75,7 +74,7 @@ def test_cancelled_and_queued_again_it_goes_on(client, adapters, base_unchanged)
     assert same(tensors(adapters, "resumed"), tensors(adapters, "whole"))
 
 
-@pytest.mark.skipif(**INEXACT)
+@pytest.mark.on_cpu
 def test_stopped_and_queued_again_it_goes_on(client, adapters, base_unchanged):
     prompt, _ = training("unstopped", seed=105, reuse=False)
     client.run(prompt)
@@ -93,7 +92,7 @@ def test_stopped_and_queued_again_it_goes_on(client, adapters, base_unchanged):
     assert same(tensors(adapters, "stopped"), tensors(adapters, "unstopped"))
 
 
-@pytest.mark.skipif(**INEXACT)
+@pytest.mark.on_cpu
 def test_the_same_inputs_give_the_finished_adapter_back_unless_reuse_is_off(client, adapters):
     prompt, _ = training("first", seed=102, steps=8)
     client.run(prompt)
@@ -110,7 +109,7 @@ def test_the_same_inputs_give_the_finished_adapter_back_unless_reuse_is_off(clie
     assert same(tensors(adapters, "first"), tensors(adapters, "third"))
 
 
-@pytest.mark.skipif(**INEXACT)
+@pytest.mark.on_cpu
 def test_killed_and_resumed_on_a_fresh_server(client, adapters, tmp_path):
     """kill -9 in mid-training; the server that comes after it has the same user folder. What had
     ended before comes back at once, or is trained anew on demand."""
