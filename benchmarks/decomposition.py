@@ -110,7 +110,7 @@ def reference(w: Tensor, delta: Tensor, decomposition: str) -> Tensor:
 
 def errors(weights: dict[str, Tensor], device: torch.device) -> None:
     print("\nrelative error of D against fp64 on the CPU")
-    print(f"{'':22}svd, fp64   svd, kept fp32        lq, fp32   lq, kept fp16")
+    print(f"{'':22}svd, fp64   svd, kept fp16        lq, fp32   lq, kept fp16")
     generator = torch.Generator().manual_seed(1)
     sample = {str(tuple(w.shape)): w for w in weights.values()}
     u, _, vt = torch.linalg.svd(torch.randn(640, 640, generator=generator), full_matrices=False)

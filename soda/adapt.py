@@ -17,7 +17,6 @@ from .rotation import Rotations, rotations
 class Spectrum(NamedTuple):
     """One D: the vectors of its basis, and delta, 0 where the basis is not live; on the weight's device."""
 
-    decomposition: Decomposition
     left: Tensor | None
     right: Tensor | None
     delta: Tensor
@@ -57,7 +56,7 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
             )
         basis = bases[term.decomposition]
         delta = torch.where(basis.live, term.delta.to(basis.live.device), 0.0).to(weight.device, dtype)
-        spectra.append(Spectrum(term.decomposition, basis.left, basis.right, delta))
+        spectra.append(Spectrum(basis.left, basis.right, delta))
     return changed(weight, spectra, rotations({"": terms}, 1.0, weight.device, dtype)[""])
 
 
@@ -66,9 +65,7 @@ def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations, inpla
     `weight` may be lost."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     w = weight.to(dtype)
-    mine = inplace or w is not weight
-    several = len(spectra) > 1 and any(spectrum.decomposition == "svd" for spectrum in spectra)  # D follows from w
-    total = w.clone() if several or (spectra and not mine) else w
+    total = w.clone() if spectra and w is weight and not inplace else w
     for spectrum in spectra:
-        add_spectral_change(total, *spectrum, w)
+        add_spectral_change(total, *spectrum)
     return turns.turned(total)

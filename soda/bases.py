@@ -87,13 +87,14 @@ def decompose_batches(
 def working_bytes(shape: torch.Size, decomposition: Decomposition, device: torch.device) -> int:
     """Bytes that the decomposition of one weight `(out, in)` takes at its height, its basis included; an upper bound.
 
-    svd: W, then the Gram matrix, its vectors and LAPACK's two squares beside them, all fp64. lq and qr: W, its copies
-    in and out of the solver and Q, fp32 or fp64, and on a GPU three squares; then Q once more in fp32.
+    svd: W in fp32 and fp64, then, all fp64, the Gram matrix, its vectors and LAPACK's two squares beside them, or the
+    vectors twice and the other side as well. lq and qr: W, its copies in and out of the solver and Q, fp32 or fp64, and
+    on a GPU three squares; then Q once more in fp32.
     """
     out, inner = shape
     small, numbers = min(shape), out * inner
     if decomposition == "svd":
-        return 8 * (numbers + 6 * small * small) + 8 * numbers
+        return max(16 * numbers + 48 * small * small, 28 * numbers + 16 * small * small)
     width = 8 if device.type != "cpu" and is_fast_in_fp64(device) else 4
     return width * (4 * numbers + 4 * small * small) + 4 * numbers
 

@@ -5,8 +5,8 @@
     q int8 from -127 to 127,  scale = max |D| of the block / 127, in bf16
 
 The error is at most scale / 2 a number: 0.6 % of a Gaussian D, where rounding the weight itself to bf16 costs D as much
-(lq). Each number takes 1.03 bytes, whatever the decomposition; the vectors of a basis take 2 (lq, qr) or 4 (svd), and
-for svd two products.
+(lq). Each number takes 1.03 bytes, whatever the decomposition; the vectors of a basis take 2 (lq, qr) to 4 (svd), and
+for svd a product.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Compressed(NamedTuple):
         return cls(data, (rows, count, blocks.shape[-1]))
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
-        """weight += strength D, for a contiguous weight `(out, in)`, out >= rows, fp32 or fp64 on the same device."""
+        """weight += strength D, for a contiguous weight `(out, in)`, out >= rows, on the same device; fp32 arithmetic."""
         rows, count, block = self.shape
         scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
         scales, numbers = scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(torch.int8).view(self.shape)
         if count * block == weight.shape[1]:
             weight[:rows].view(self.shape).addcmul_(numbers, scales, value=strength)  # one launch
         else:
-            weight[:rows] += (numbers * scales.to(weight.dtype)).flatten(1)[:, : weight.shape[1]] * strength
+            weight[:rows] += (numbers * scales.float()).flatten(1)[:, : weight.shape[1]] * strength

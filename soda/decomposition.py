@@ -10,21 +10,20 @@ The positive diagonals make lq and qr unique; U and V^T may flip sign together, 
 first k rows (lq) or columns (qr) of W0 have a say in Q. A row that is a combination of those before it has no
 direction of its own: its q is whatever fits, takes no delta, and leaves the rows after it as arbitrary.
 
-svd comes from the fp64 eigenvectors of the smaller Gram matrix, W W^T = U S^2 U^T or W^T W = V S^2 V^T, and these are
-all that a basis keeps. The other side follows from the weight at hand, V^T = S^-1 U^T W, for one product:
+svd comes from the fp64 eigenvectors of the smaller Gram matrix, W W^T = U S^2 U^T or W^T W = V S^2 V^T; the other side
+is V^T = S^-1 U^T W, its rows scaled to length 1. A basis keeps both, since from rounded vectors of one side the other
+would come out wrong by sigma_max / sigma times as much:
 
-    kept by a basis (SDXL's 560 attention matrices, 0.955 B weights)         numbers       fp32     as kept
-    lq, qr   Q                                                               955 M         3.8 GB   1.9 GB, fp16
-    svd      U or V, whichever is smaller                                    819 M         3.3 GB   3.3 GB, fp32
-    svd, complete: both sides, for training, which makes D in every step     1774 M        7.1 GB
+    kept by a basis (SDXL's 560 attention matrices, 0.955 B weights)         numbers       kept, in fp16
+    lq, qr   Q                                                               955 M         1.9 GB
+    svd      U and V^T                                                       1774 M        3.5 GB
 
 With them it keeps its vectors' products with the two random matrices of `fingerprint`, from which follows the sketch of
 any D at once, sketch(D) = (S_1 U) diag(delta) (V^T S_2^T) / 8, where U = I for lq and V = I for qr: 16 k numbers.
 
-Relative error of D against fp64, 1280 x 1280 (benchmarks/decomposition.py): svd in fp64 3e-13 to 3e-10, from vectors
-kept in fp32 1e-6 to 1e-4 (their rounding grows by sigma_max / sigma; torch.linalg.svd in fp32 has 1e-4 to 3e-3);
-lq in fp32 1e-6 to 1e-5, in fp64 1e-12, kept in fp16 2e-4: Q enters D as it is, so that its rounding does not grow.
-svd kept in fp16 would have 5e-3 (Gaussian) to 0.12 (a spectrum that falls to 1e-4).
+Relative error of D against fp64, 1280 x 1280 (benchmarks/decomposition.py): svd in fp64 3e-13 to 3e-10, kept in fp32
+1e-7, in fp16 3e-4 (torch.linalg.svd in fp32 has 1e-4 to 3e-3); lq in fp32 1e-6 to 1e-5, in fp64 1e-12, kept in fp16
+2e-4. Vectors enter D as they are, so that their rounding does not grow.
 """
 
 from __future__ import annotations
@@ -41,11 +40,12 @@ from torch import Tensor
 
 from .adapter import DECOMPOSITIONS, Decomposition
 from .fingerprint import SKETCH_SIZE, random_matrices
-from .precision import CPU, full_fp32, has_fp64, is_fast_in_fp64
+from .precision import CPU, full_fp32, has_fp64, is_fast_in_fp64, tf32
 
 Key = tuple[str, Decomposition]  # the hash of a weight and what was made of it
 
 LIVE = 1e-4
+KEPT_DTYPE = torch.float16
 PASSES = 3
 STREAMS = 4
 LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its batched kernel, made for small ones
@@ -53,9 +53,9 @@ LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its
 
 @dataclass(frozen=True)
 class Basis:
-    """A decomposition of `(..., out, in)` weights: left `(..., out, k)` and right `(..., k, in)`, None where D does
-    not need it or `complete` makes it; spectrum and live (bool) `(..., k)`; probes `(..., k, 16)`, left^T S_1^T and
-    right S_2^T, None in training. An outline is one without vectors."""
+    """A decomposition of `(..., out, in)` weights: left `(..., out, k)` and right `(..., k, in)`, svd both, lq right
+    and qr left alone; spectrum and live (bool) `(..., k)`; probes `(..., k, 16)`, left^T S_1^T and right S_2^T, None in
+    training. An outline is one without vectors."""
 
     decomposition: Decomposition
     left: Tensor | None
@@ -90,9 +90,8 @@ class Basis:
         return replace(self, left=None, right=None)
 
     def kept(self) -> Basis:
-        """The form in which it is kept and applied: Q of lq and qr in fp16, all else in fp32."""
-        dtype = vector_dtype(self.decomposition)
-        kinds = {"left": dtype, "right": dtype, "live": torch.bool}
+        """The form in which it is kept and applied: vectors in fp16, all else in fp32."""
+        kinds = {"left": KEPT_DTYPE, "right": KEPT_DTYPE, "live": torch.bool}
         return Basis.of(self.decomposition, {n: t.to(kinds.get(n, torch.float32)) for n, t in self.tensors().items()})
 
     def fits(self, shape: Sequence[int]) -> bool:
@@ -101,20 +100,16 @@ class Basis:
         return [(n, tuple(t.shape), t.dtype) for n, t in self.tensors().items()] == [(n, *f) for n, f in form.items()]
 
 
-def vector_dtype(decomposition: Decomposition) -> torch.dtype:
-    """Of a kept basis."""
-    return torch.float32 if decomposition == "svd" else torch.float16
-
-
 def kept_form(shape: Sequence[int], decomposition: Decomposition) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the kept basis of one weight `(out, in)`, by name, its outline first."""
     (out, inner), k = shape, min(shape)
-    left = decomposition == "qr" or (decomposition == "svd" and out <= inner)
+    vectors = {"left": ((out, k), KEPT_DTYPE), "right": ((k, inner), KEPT_DTYPE)}
+    vectors.pop({"lq": "left", "qr": "right"}.get(decomposition, ""), None)
     return {
         "spectrum": ((k,), torch.float32),
         "probes": ((k, 2 * SKETCH_SIZE), torch.float32),
         "live": ((k,), torch.bool),
-        "left" if left else "right": ((out, k) if left else (k, inner), vector_dtype(decomposition)),
+        **vectors,
     }
 
 
@@ -145,27 +140,32 @@ def decompose(weight: Tensor, decomposition: Decomposition, dtype: torch.dtype =
     w = w.to(torch.float64 if exact else torch.float32)
     if not w.isfinite().all():
         raise ValueError("the weight holds NaN or infinite numbers and has no basis; load another model")
-    tall = w.shape[-2] > w.shape[-1]
     with full_fp32():
         if decomposition == "svd":
-            vectors, spectrum = _svd(w.mT if tall else w)
-            side, vectors = ("right", vectors.mT) if tall else ("left", vectors)
+            vectors, spectrum = _svd(w)
         elif decomposition == "lq":
-            side, (vectors, spectrum) = "right", _lq(w)
+            q, spectrum = _lq(w)
+            vectors = {"right": q}
         else:
-            vectors, spectrum = _lq(w.mT)
-            side, vectors = "left", vectors.mT
+            q, spectrum = _lq(w.mT)
+            vectors = {"left": q.mT}
         live = (spectrum >= LIVE * spectrum.amax(-1, keepdim=True)) & (spectrum > 0)
-        probes = _probes(decomposition, vectors, torch.where(live, 1 / spectrum, 0.0), w)
-    parts = {side: vectors.contiguous(), "spectrum": spectrum, "probes": probes}
+        probes = _probes(vectors, w)
+    parts = {**{side: v.contiguous() for side, v in vectors.items()}, "spectrum": spectrum, "probes": probes}
     parts = {name: tensor.to(home, dtype) for name, tensor in parts.items()}
     return Basis.of(decomposition, {**parts, "live": live.to(home)})
 
 
-def _svd(w: Tensor) -> tuple[Tensor, Tensor]:
-    """U `(..., k, k)` and S `(..., k)`, descending, of a wide or square w, from w w^T = U S^2 U^T."""
-    values, vectors = _eigh(w @ w.mT)
-    return vectors.flip(-1), values.flip(-1).clamp(min=0).sqrt()
+def _svd(w: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """U `(..., out, k)` and V^T `(..., k, in)`, and S `(..., k)`, descending: one side from the Gram matrix, the other
+    from it and w."""
+    if w.shape[-2] > w.shape[-1]:
+        sides, spectrum = _svd(w.mT)
+        return {"left": sides["right"].mT, "right": sides["left"].mT}, spectrum
+    values, u = _eigh(w @ w.mT)
+    u = u.flip(-1)
+    other = F.normalize(u.mT @ w, dim=-1, eps=torch.finfo(w.dtype).tiny)
+    return {"left": u, "right": other}, values.flip(-1).clamp(min=0).sqrt()
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,79 +231,37 @@ def _cholesky(gram: Tensor) -> Tensor:
     return torch.stack([torch.linalg.cholesky_ex(one)[0] for one in gram])
 
 
-def _probes(decomposition: Decomposition, vectors: Tensor, inverse: Tensor, w: Tensor) -> Tensor:
-    """`Basis.probes` from the vectors of one side; the other side of svd follows from w and 1/S, `inverse`.
-
-    To be called within `full_fp32`."""
+def _probes(vectors: Mapping[str, Tensor], w: Tensor) -> Tensor:
+    """`Basis.probes` of the vectors of w. To be called within `full_fp32`."""
     first, second = (matrix.to(w).mT for matrix in random_matrices(w.shape))
-    count = inverse.shape[-1]
-    if decomposition == "lq":
-        left, right = first[:count], vectors @ second
-    elif decomposition == "qr":
-        left, right = vectors.mT @ first, second[:count]
-    elif w.shape[-2] > w.shape[-1]:
-        left, right = inverse[..., None] * (vectors @ (w.mT @ first)), vectors @ second
-    else:
-        left, right = vectors.mT @ first, inverse[..., None] * (vectors.mT @ (w @ second))
+    k = min(w.shape[-2:])
+    left = vectors["left"].mT @ first if "left" in vectors else first[:k]
+    right = vectors["right"] @ second if "right" in vectors else second[:k]
     return torch.cat(torch.broadcast_tensors(left, right), -1)
 
 
-def complete(basis: Basis, weight: Tensor) -> Basis:
-    """The basis with all that D needs: of `svd` the second side, S^-1 U^T W or W V S^-1, 0 where it is not live.
-
-    `weight` is the one that was decomposed, on the basis's device; the second side has the wider dtype of the two.
-    """
-    if basis.decomposition != "svd":
-        return basis
-    with full_fp32():
-        if basis.right is None and basis.left is not None:
-            return replace(basis, right=_other_side(basis.left.mT, weight, basis.live))
-        if basis.left is None and basis.right is not None:
-            return replace(basis, left=_other_side(basis.right, weight.mT, basis.live).mT)
-    return basis
-
-
-def _other_side(kept: Tensor, w: Tensor, live: Tensor) -> Tensor:
-    """The rows of kept W, scaled to length 1: lengths from the product itself leave errors of S out.
-
-    To be called within `full_fp32`."""
-    dtype = torch.promote_types(kept.dtype, w.dtype)
-    other = F.normalize(kept.to(dtype) @ w.to(dtype), dim=-1, eps=torch.finfo(dtype).tiny)
-    return torch.where(live[..., None], other, 0.0)
-
-
 def spectral_change(basis: Basis, delta: Tensor, weight: Tensor) -> Tensor:
-    """D `(..., out, in)` of a delta `(..., k)`, 0 where the spectrum is not live; `weight` is the one decomposed."""
+    """D `(..., out, in)` of a delta `(..., k)`, 0 where the spectrum is not live, for a weight of this shape."""
     delta = torch.where(basis.live, delta, 0.0)
-    basis = complete(basis, weight)
     if basis.left is not None and basis.right is not None:
         scaled = basis.left * delta[..., None, :]
         dtype = torch.promote_types(scaled.dtype, basis.right.dtype)
-        return scaled.to(dtype) @ basis.right.to(dtype)
+        with full_fp32():
+            return scaled.to(dtype) @ basis.right.to(dtype)
     if basis.right is not None:
         return _padded(delta[..., :, None] * basis.right, weight.shape)
     assert basis.left is not None
     return _padded(basis.left * delta[..., None, :], weight.shape)
 
 
-def add_spectral_change(
-    total: Tensor,
-    decomposition: Decomposition,
-    left: Tensor | None,
-    right: Tensor | None,
-    delta: Tensor,
-    weight: Tensor,
-) -> None:
+def add_spectral_change(total: Tensor, left: Tensor | None, right: Tensor | None, delta: Tensor) -> None:
     """total += D, where `delta` is 0 already for all that is not live; one pass, and no D, for lq and qr.
 
-    left, right: a basis's, in any dtype; delta, total, weight (the one decomposed): fp32 or fp64; all on one device.
+    left, right: a basis's, in any dtype; delta, total: fp32 or fp64; all on one device. Vectors in fp16 are multiplied
+    in TF32, which rounds to as many bits, where the device has it.
     """
-    if decomposition == "svd":
-        live = delta != 0
-        with full_fp32():
-            left = _other_side(right, weight.mT, live).mT if left is None and right is not None else left
-            assert left is not None
-            right = _other_side(left.mT, weight, live) if right is None else right
+    if left is not None and right is not None:
+        with tf32() if left.dtype == torch.float16 and total.is_cuda else full_fp32():
             total.addmm_((left * delta).to(total.dtype), right.to(total.dtype))
     elif right is not None:
         total[: len(delta)].addcmul_(delta[:, None], right)

@@ -31,25 +31,34 @@ TIMED_SIZE = 1024  # a 1280 x 1280 eigenproblem takes about twice as long
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """No TF32 or bf16 inside fp32 products (they would leave errors of 1e-3), no autocast; all as before afterwards.
+    """No TF32 or bf16 inside fp32 products (they would leave errors of 1e-3), no autocast; all as before afterwards."""
+    with _fp32_products("highest", "ieee"), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
-    torch has two ways to set this. The older says and sets all at once but refuses to answer once the newer was used.
-    """
+
+def tf32() -> contextlib.AbstractContextManager[None]:
+    """fp32 products on a GPU that has TF32 round what they multiply to 10 bits; all as before afterwards."""
+    return _fp32_products("high", "tf32")
+
+
+@contextlib.contextmanager
+def _fp32_products(overall: str, of_place: str) -> Iterator[None]:
+    """torch has two ways to set this. The older says and sets all at once but refuses to answer once the newer was
+    used."""
     saved = [place.fp32_precision for place in PLACES]
     try:
-        overall = torch.get_float32_matmul_precision()
+        before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        overall = None
+        before = None
     try:
-        if overall is not None:
-            torch.set_float32_matmul_precision("highest")
-        for place in PLACES:
-            place.fp32_precision = "ieee"
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        if overall is not None:
+        if before is not None:
             torch.set_float32_matmul_precision(overall)
+        for place in PLACES:
+            place.fp32_precision = of_place
+        yield
+    finally:
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
         for place, precision in zip(PLACES, saved, strict=True):
             place.fp32_precision = precision
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, Layer
-from .decomposition import Basis, complete, decompose, spectral_change, spectral_sketch
+from .decomposition import Basis, decompose, spectral_change, spectral_sketch
 from .errors import SodaMixError
 from .fingerprint import base_hash, relative_error
 from .fit import REFUSED_ERROR, misfit
@@ -67,7 +67,7 @@ def transport(
             wanted = spectral_change(source, term.delta.to(device), here)
             if term.sketch is not None:
                 sketches.append((spectral_sketch(source, term.delta), term.sketch))
-            delta = fitted(basis, wanted, there)
+            delta = fitted(basis, wanted)
             change = spectral_change(basis, delta, there)
             lost += float((change - wanted).square().sum())
             whole += float(wanted.square().sum())
@@ -93,9 +93,9 @@ def transport(
     return Adapter(layers, metadata, adapter.name), kept
 
 
-def fitted(basis: Basis, change: Tensor, weight: Tensor) -> Tensor:
+def fitted(basis: Basis, change: Tensor) -> Tensor:
     """The delta `(k,)` whose D on the weight `(out, in)` of this basis is nearest to the change `(out, in)`."""
-    basis, k = complete(basis, weight), basis.spectrum.numel()
+    k = basis.spectrum.numel()
     if basis.decomposition == "svd":
         assert basis.left is not None and basis.right is not None
         delta = torch.einsum("ok,oi,ki->k", basis.left, change, basis.right)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter import Decomposition
 from ..bases import Some, decompose_all
-from ..decomposition import Basis, complete, spectral_change, spectral_sketch
+from ..decomposition import Basis, spectral_change, spectral_sketch
 from ..kronecker import rotate
 from .plan import Plan
 
@@ -59,7 +59,7 @@ class Vectors:
         cls, weights: Mapping[str, Tensor], names: Sequence[str], decomposition: Decomposition, dtype: torch.dtype,
         plan: Plan, bases: Bases,
     ) -> Vectors | None:  # fmt: skip
-        """Of equal-shaped weights, with both sides for svd: each step needs them. None for `none`.
+        """Of equal-shaped weights; None for `none`.
 
         `bases` gives (name, basis) of some weights in any order, on any device, as computed or as kept."""
         if decomposition == "none":
@@ -68,13 +68,12 @@ class Vectors:
         sides: dict[str, Side] = {"left": None, "right": None}
         small: dict[str, dict[str, Tensor]] = {"spectrum": {}, "live": {}, "probes": {}}
         for name, basis in bases(Some(weights, names), decomposition):
-            whole = complete(_on(basis, device), weights[name].to(dtype))
             for side in sides:
-                vectors = getattr(whole, side)
+                vectors = getattr(basis, side)
                 if vectors is not None:
-                    sides[side] = _put(sides[side], names.index(name), len(names), vectors.to(dtype), plan)
+                    sides[side] = _put(sides[side], names.index(name), len(names), vectors.to(device, dtype), plan)
             for part, values in small.items():
-                values[name] = getattr(whole, part)
+                values[name] = getattr(basis, part).to(device)
         stacks = {part: torch.stack([values[name] for name in names]) for part, values in small.items()}
         return cls(decomposition, sides["left"], sides["right"], **stacks)
 
@@ -93,10 +92,6 @@ class Vectors:
             None if side is None else side[i].to(device, non_blocking=True) for side in (self.left, self.right)
         )
         return Basis(self.decomposition, left, right, self.spectrum[i], self.live[i])
-
-
-def _on(basis: Basis, device: torch.device) -> Basis:
-    return Basis.of(basis.decomposition, {name: tensor.to(device) for name, tensor in basis.tensors().items()})
 
 
 def _put(side: Side, i: int, count: int, vectors: Tensor, plan: Plan) -> Side:

@@ -1,4 +1,7 @@
-"""A real ComfyUI in this process, on the CPU, with the pack loaded as ComfyUI loads it: by path, under its own name."""
+"""A real ComfyUI in this process, on the CPU, with the pack loaded as ComfyUI loads it: by path, under its own name.
+
+Where COMFYUI_ARGUMENTS lets ComfyUI use a GPU, the tests of what a GPU does otherwise run instead (test_*_cuda.py).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing(False)
 from comfy.cli_args import args  # noqa: E402
 
-args.cpu = True
+args.cpu = "--cpu" in os.environ.get("COMFYUI_ARGUMENTS", "--cpu")
+collect_ignore = [p.name for p in Path(__file__).parent.glob("test_*.py") if p.stem.endswith("_cuda") == args.cpu]
 args.base_directory = tempfile.mkdtemp(prefix="soda-tests-")
 
 import folder_paths  # noqa: E402

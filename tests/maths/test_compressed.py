@@ -48,6 +48,16 @@ def test_what_is_too_small_to_keep_becomes_zero_and_nothing_becomes_nan(tiny):
     assert torch.allclose(found[1], torch.ones(70, dtype=torch.float64), rtol=5e-3)
 
 
+@pytest.mark.parametrize("columns", [64, 70])
+def test_it_is_added_to_half_precision_weights_with_one_rounding(columns):
+    d, weight = gaussian((3, columns)) * 1e-4, gaussian((3, columns), 1).half()
+    exact = weight.float()
+    change = Compressed.of(d)
+    change.add_to(exact, 0.5)
+    change.add_to(weight, 0.5)
+    assert torch.equal(weight, exact.half())
+
+
 def test_strength_scales_and_adds():
     d, weight = gaussian((3, 65)), gaussian((5, 65), 1)
     before = weight.clone()

@@ -12,7 +12,6 @@ from soda.decomposition import (
     Basis,
     _cholesky_lq,
     add_spectral_change,
-    complete,
     decompose,
     kept_bytes,
     spectral_change,
@@ -87,7 +86,7 @@ def test_the_precision_promised(shape, lowest):
     u, _, vt = torch.linalg.svd(w.double(), full_matrices=False)
     exact = (u * delta) @ vt
     assert relative(spectral_change(decompose(w, "svd", torch.float64), delta, w), exact) <= 1e-9
-    assert relative(spectral_change(decompose(w, "svd"), delta.float(), w), exact) <= 1e-7 / lowest
+    assert relative(spectral_change(decompose(w, "svd"), delta.float(), w), exact) <= 3e-7
     q, t = torch.linalg.qr(w.double()[:k].mT)
     exact = torch.zeros(shape, dtype=torch.float64)
     exact[:k] = (delta * t.diagonal().sign())[:, None] * q.mT
@@ -110,20 +109,15 @@ def test_svd_is_canonical(shape):
 
 
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9), (8, 8)])
-def test_svd_keeps_the_smaller_side_and_completes_the_other(shape):
+def test_svd_has_both_sides(shape):
+    """Of weights without full rank too."""
     batch = normal(3, *shape, seed=1)
     batch[1, :, 0] = batch[1, :, 1] = batch[1, 0] = 0
     basis = decompose(batch, "svd", torch.float64)
     k = min(shape)
-    kept = basis.left if shape[0] <= shape[1] else basis.right
-    assert kept.shape == (3, k, k) and (basis.left is None) == (shape[0] > shape[1]) == (basis.right is not None)
-    both = complete(basis, batch)
-    rebuilt = (both.left * both.spectrum[..., None, :]) @ both.right
+    assert basis.left.shape == (3, shape[0], k) and basis.right.shape == (3, k, shape[1])
+    rebuilt = (basis.left * (basis.spectrum * basis.live)[..., None, :]) @ basis.right
     torch.testing.assert_close(rebuilt, batch, rtol=0, atol=1e-12)
-    assert complete(both, batch) is both
-    delta = normal(3, k, seed=2)
-    assert torch.equal(spectral_change(both, delta, batch), spectral_change(basis, delta, batch))
-    assert complete(decompose(batch, "lq"), batch).left is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -161,17 +155,19 @@ def test_a_basis_fits_its_own_shape_alone(shape, seed):
         assert not decompose(normal(*shape, seed=seed), decomposition, torch.float64).fits(shape)
 
 
+@pytest.mark.parametrize("lowest", [1, 1e-3])
 @pytest.mark.parametrize("shape", [(96, 96), (64, 96), (96, 64)])
 @pytest.mark.parametrize("decomposition", SPECTRAL)
-def test_a_kept_basis_changes_a_weight_as_the_exact_one_does(shape, decomposition):
-    w, delta = normal(*shape, seed=6).float(), normal(min(shape), seed=7).float()
-    exact = w.double() + spectral_change(
-        decompose(w.double(), decomposition, torch.float64), delta.double(), w.double()
-    )
+def test_a_kept_basis_changes_a_weight_as_the_exact_one_does(shape, decomposition, lowest):
+    """Gaussian weights, and such whose spectrum falls by three orders of magnitude."""
+    w, delta = normal(*shape, seed=6), normal(min(shape), seed=7).float()
+    u, sigma, vt = torch.linalg.svd(w, full_matrices=False)
+    w = ((u * sigma * torch.logspace(0, math.log10(lowest), min(shape), dtype=w.dtype)) @ vt).float()
+    exact = spectral_change(decompose(w.double(), decomposition, torch.float64), delta.double(), w.double())
     kept, total = decompose(w, decomposition).kept(), w.clone()
-    add_spectral_change(total, decomposition, kept.left, kept.right, delta, w)
-    error = (total.double() - exact).norm() / (exact - w).norm()
-    assert error < (1e-4 if decomposition == "svd" else 3e-4)
+    add_spectral_change(total, kept.left, kept.right, delta * kept.live)
+    error = (total.double() - w - exact).norm() / exact.norm()
+    assert error < (4e-4 if decomposition == "svd" else 3e-4)
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)])

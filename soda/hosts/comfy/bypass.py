@@ -31,7 +31,7 @@ from ...decomposition import Basis, spectral_change
 from ...kronecker import rotate
 from ...rotation import rotations
 from .added import Product, added
-from .base import layer_shape, layer_weight, split_name
+from .base import layer_shape, split_name
 from .quantised import is_quantised
 
 KEY = "soda_bypass"
@@ -121,9 +121,7 @@ def _change(
     if not live:
         return None
     shape = layer_shape(patcher, name)
-    weight = torch.empty(shape, device="meta")  # of lq and qr only the shape is looked at
-    if any(term.decomposition == "svd" for term in live):
-        weight = layer_weight(patcher, name).to("cpu", torch.float32)
+    weight = torch.empty(shape, device="meta")  # only its shape is looked at
     change = torch.zeros(shape)
     for term in live:
         assert term.delta is not None

@@ -7,8 +7,13 @@ strengths that somebody tried. What is large, the vectors of the bases, lies in 
 at hand, where the user's settings leave no memory for it.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
-on, so that all forwards are alike, and kept from the second on. It is an eighth to a half of the bytes that the vectors
-would send over the bus each time.
+on, so that all forwards are alike, and kept from the second on. It is a quarter to a half of the bytes that the vectors
+would send over the bus each time. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do: a forward
+is bound by launches, and W0 + D and its turned halves are rounded once more each, as the result is anyway. bf16 would
+lose eight times as much and goes through fp32.
+
+Where weights are merged, the vectors of the weight that came next the last time are sent to the device while ComfyUI
+moves that weight.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from ...decomposition import Basis, add_spectral_change
 from ...precision import CPU
 from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases, Place
-from .pinned import on_device
+from .pinned import Ahead, on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
@@ -51,9 +56,10 @@ class Fold:
     mix: Adapter
     bases: dict[Place, Basis]
     wanted: Mapping[Place, Wanted]  # all bases needed
-    _ready: dict[tuple[float, torch.device], dict[str, Ready]] = field(default_factory=dict, init=False)
-    _met: set[str] = field(default_factory=set, init=False)
+    _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
+    _met: dict[str, None] = field(default_factory=dict, init=False)  # in this order
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
+    _ahead: Ahead = field(default_factory=Ahead, init=False)
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases) -> Fold:
@@ -65,16 +71,32 @@ class Fold:
         return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed})
 
     def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
-        """The `weight` (out, in) of one layer adapted, fp32, perhaps in its memory; `repeated`: it is asked for in
-        every forward."""
-        deltas, turns = self._ready_for(name, strength, weight.device)
+        """The `weight` (out, in) of one layer adapted, fp32 or in its own dtype, perhaps in its memory; `repeated`: it is
+        asked for in every forward."""
+        half = repeated and weight.dtype == torch.float16 and weight.is_cuda
+        deltas, turns = self._ready_for(name, strength, weight.device, torch.float16 if half else torch.float32)
         again = name in self._met
-        self._met.add(name)
-        if not repeated or all(delta is None for delta in deltas):
-            return changed(weight, self._spectra(name, deltas, weight, again), turns, inplace=True)
-        total = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        self._change(name, weight, again).add_to(total, strength)
+        if not again:
+            if self._met:
+                _next[next(reversed(self._met))] = name
+            self._met[name] = None
+        changing = any(delta is not None for delta in deltas)
+        if not repeated:
+            spectra = self._spectra(name, deltas, weight, again)
+            if changing and weight.is_cuda:
+                self._ahead.send(self._vectors(_next.get(name, "")), weight.device)
+            return changed(weight, spectra, turns, inplace=True)
+        change = self._change(name, weight, again) if changing else None
+        total = weight.contiguous() if half else weight.to(torch.float32, memory_format=torch.contiguous_format)
+        if change is not None:
+            change.add_to(total, strength)
         return turns.turned(total)
+
+    def _vectors(self, name: str) -> list[Tensor]:
+        """Those of one layer that are at hand."""
+        bases = [self.bases.get((name, term.decomposition)) for term in self.mix.layers.get(name, ())]
+        sides = [side for basis in bases if basis is not None for side in (basis.left, basis.right)]
+        return [side for side in sides if side is not None]
 
     def _change(self, name: str, weight: Tensor, again: bool) -> Compressed:
         """D of one layer at strength 1, on the weight's device."""
@@ -85,23 +107,22 @@ class Fold:
             term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
             for term in self.mix.layers[name]
         ]
-        base = weight.float()
-        total = torch.zeros_like(base)
-        for spectrum in self._spectra(name, deltas, base, keep=False, pinned=False):
-            add_spectral_change(total, *spectrum, base)
+        total = torch.zeros(weight.shape, device=weight.device)
+        for spectrum in self._spectra(name, deltas, weight, keep=False, pinned=False):
+            add_spectral_change(total, *spectrum)
         change = Compressed.of(total)
         if again:
             self._changes[name] = change._replace(data=change.data.to(CPU))
         return change
 
-    def _ready_for(self, name: str, strength: float, device: torch.device) -> Ready:
+    def _ready_for(self, name: str, strength: float, device: torch.device, dtype: torch.dtype) -> Ready:
         """One layer's, made for all layers at the first look."""
-        place = (strength, device)
+        place = (strength, device, dtype)
         if place not in self._ready:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
             self._read_ahead()
-            self._ready[place] = _prepare(self.mix.layers, strength, device)
+            self._ready[place] = _prepare(self.mix.layers, strength, device, dtype)
         self._use()
         return self._ready[place][name]
 
@@ -138,9 +159,10 @@ class Fold:
                     self.bases[place] = basis
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             left, right = (
-                None if side is None else on_device(side, weight.device, pinned) for side in (basis.left, basis.right)
+                side if side is None else self._ahead.take(side, weight.device, pinned)
+                for side in (basis.left, basis.right)
             )
-            found.append(Spectrum(term.decomposition, left, right, delta))
+            found.append(Spectrum(left, right, delta))
         return found
 
     def _remade(self, place: Place, weight: Tensor, outlined: bool) -> Basis:
@@ -157,6 +179,7 @@ class Fold:
 
 
 _used: list[weakref.ref[Fold]] = []  # the one used last at the end
+_next: dict[str, str] = {}  # layer -> the one that was met after it
 
 
 def _has_spectrum(term: Layer) -> bool:
@@ -176,10 +199,12 @@ def _live(name: str, terms: tuple[Layer, ...], bases: Mapping[Place, Basis]) -> 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _prepare(layers: Mapping[str, tuple[Layer, ...]], strength: float, device: torch.device) -> dict[str, Ready]:
+def _prepare(
+    layers: Mapping[str, tuple[Layer, ...]], strength: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, Ready]:
     changing = [term for terms in layers.values() for term in terms if _has_spectrum(term)]
     deltas = [term.delta for term in changing if term.delta is not None]
     together = torch.cat([torch.zeros(0), *deltas]).to(device) * strength
     parts = dict(zip(map(id, changing), together.split([len(delta) for delta in deltas]), strict=True))
-    turns = rotations(layers, strength, device)
+    turns = rotations(layers, strength, device, dtype)
     return {name: Ready(tuple(parts.get(id(term)) for term in terms), turns[name]) for name, terms in layers.items()}

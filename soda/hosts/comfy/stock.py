@@ -33,7 +33,7 @@ from ...adapt import adapt
 from ...adapter import Decomposition, Layer, split_rows
 from ...bases import decompose_all, to_keep
 from ...basis_cache import samples, weight_hash
-from ...decomposition import Basis, Key, vector_dtype
+from ...decomposition import KEPT_DTYPE, Basis, Key
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
 from ...fit import REFUSED_ERROR, SILENT_ERROR, rotation_only, spectrum_error
@@ -281,8 +281,9 @@ def _as_stored(weight: Tensor) -> Tensor:
 
 
 def _basis_bytes(layer: Layer) -> int:
-    """Bytes of the basis that a layer's spectrum needs (see `decomposition`)."""
+    """Bytes of the vectors that a layer's spectrum needs (see `decomposition`); of svd at least, for a file does not say
+    how many outputs a weight has."""
     if layer.delta is None:
         return 0
     k = layer.delta.numel()
-    return vector_dtype(layer.decomposition).itemsize * k * (k if layer.decomposition == "svd" else layer.dimension)
+    return KEPT_DTYPE.itemsize * k * (layer.dimension + (k if layer.decomposition == "svd" else 0))

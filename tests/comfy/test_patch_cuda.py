@@ -1,0 +1,55 @@
+"""What a GPU does otherwise than a CPU when weights are adapted. Collected where COMFYUI_ARGUMENTS lets ComfyUI use one."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import pytest
+import torch
+from comfy.lora import calculate_weight
+from comfy.model_patcher import ModelPatcher
+from small_models import adapter, small_model
+from soda_pack.soda.adapt import adapt
+from soda_pack.soda.decomposition import decompose
+from soda_pack.soda.hosts.comfy.patch import apply
+
+DEVICE = comfy.model_management.get_torch_device()
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelPatcher:
+    """With projections of 320 and 640 channels, in fp16."""
+    made = small_model(width=320, dtype=torch.float16)
+    return ModelPatcher(made.model, load_device=DEVICE, offload_device=torch.device("cpu"))
+
+
+def errors(model, decomposition: str, dtype: torch.dtype, size: float = 0.05) -> list[float]:
+    """How far each adapted weight is off, in terms of its change; that of the first time and twice again."""
+    one = adapter(model, size=size, decomposition=decomposition)
+    patched = apply(model, [(one, 0.8)])[0]
+    base = {key: model.model_state_dict()[key] for key in patched.patches}
+    found = []
+    for _ in range(3):
+        for key, entries in patched.patches.items():
+            weight = base[key].to(DEVICE, dtype, copy=True)
+            adapted = calculate_weight(entries, weight, key, intermediate_dtype=dtype)
+            layer, exact = one.layers[key.removesuffix(".weight")][0].scaled(0.8), base[key].double().to(DEVICE)
+            bases = {} if decomposition == "none" else {decomposition: decompose(exact, decomposition, torch.float64)}
+            wanted = adapt(exact, [layer], bases)
+            found.append(float((adapted.double() - wanted).norm() / (wanted - exact).norm()))
+    return found
+
+
+@pytest.mark.parametrize("decomposition", ["none", "lq", "svd", "qr"])
+def test_merged_weights_are_those_of_double_precision(model, decomposition):
+    """The vectors of the second and third time come ahead, on a stream of their own."""
+    limit = 3e-6 if decomposition == "none" else 1e-3
+    assert max(errors(model, decomposition, torch.float32)) < limit
+
+
+@pytest.mark.parametrize("decomposition", ["none", "lq", "svd", "qr"])
+def test_what_a_forward_adapts_in_half_precision_is_near(model, decomposition):
+    """fp16 weights, of whose change rounding the result alone costs 0.1 %; a spectrum travels in 8 bits."""
+    limit = 3e-3 if decomposition == "none" else 1e-2
+    found = errors(model, decomposition, torch.float16)
+    assert max(found) < limit
+    assert found[: len(found) // 3] == found[-len(found) // 3 :]  # all forwards are alike
