@@ -28,7 +28,7 @@ from .basis_folder import BasisFolder
 from .decomposition import Basis, Key
 from .precision import CPU
 
-MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.3 GB in svd
+MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.6 GB in svd
 DISK_BYTES = 8 << 30
 READ_RATE = 2e9  # bytes of bases a second
 THREADS = min(16, os.cpu_count() or 1)  # hashing and reading let other threads run

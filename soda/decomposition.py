@@ -16,7 +16,7 @@ would come out wrong by sigma_max / sigma times as much:
 
     kept by a basis (SDXL's 560 attention matrices, 0.955 B weights)         numbers       kept, in fp16
     lq, qr   Q                                                               955 M         1.9 GB
-    svd      U and V^T                                                       1774 M        3.5 GB
+    svd      U and V^T                                                       1774 M        3.6 GB
 
 With them it keeps its vectors' products with the two random matrices of `fingerprint`, from which follows the sketch of
 any D at once, sketch(D) = (S_1 U) diag(delta) (V^T S_2^T) / 8, where U = I for lq and V = I for qr: 16 k numbers.

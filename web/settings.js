@@ -22,7 +22,7 @@ app.registerExtension({
       "Kept in memory (GB)",
       6,
       "RAM for the bases of models to which SODA adapters were applied, so that a changed strength costs no " +
-        "decomposition. SDXL takes 1.9 GB (lq) or 3.3 GB (svd). 0 keeps none: every load of a model computes them anew.",
+        "decomposition. SDXL takes 1.9 GB (lq) or 3.6 GB (svd). 0 keeps none: every load of a model computes them anew.",
     ),
     room(
       "SODA.basesOnDisk",

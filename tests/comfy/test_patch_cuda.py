@@ -48,8 +48,8 @@ def test_merged_weights_are_those_of_double_precision(model, decomposition):
 
 @pytest.mark.parametrize("decomposition", ["none", "lq", "svd", "qr"])
 def test_what_a_forward_adapts_in_half_precision_is_near(model, decomposition):
-    """fp16 weights, of whose change rounding the result alone costs 0.1 %; a spectrum travels in 8 bits."""
-    limit = 3e-3 if decomposition == "none" else 1e-2
+    """fp16 weights, of whose change of a tenth rounding the result alone costs 0.2 %; a spectrum travels in 8 bits."""
+    limit = 5e-3 if decomposition == "none" else 1e-2
     found = errors(model, decomposition, torch.float16)
     assert max(found) < limit
     assert found[: len(found) // 3] == found[-len(found) // 3 :]  # all forwards are alike
