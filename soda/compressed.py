@@ -42,7 +42,7 @@ class Compressed(NamedTuple):
         return cls(data, (rows, count, blocks.shape[-1]))
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
-        """weight += strength D, for a contiguous weight `(out, in)`, out >= rows, on the same device; fp32 arithmetic."""
+        """weight += strength D, in fp32, for a contiguous weight `(out, in)`, out >= rows, on the same device."""
         rows, count, block = self.shape
         scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
         scales, numbers = scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(torch.int8).view(self.shape)

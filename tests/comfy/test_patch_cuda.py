@@ -1,4 +1,4 @@
-"""What a GPU does otherwise than a CPU when weights are adapted. Collected where COMFYUI_ARGUMENTS lets ComfyUI use one."""
+"""What a GPU does otherwise than a CPU when weights are adapted; see conftest.py for when this is collected."""
 
 from __future__ import annotations
 

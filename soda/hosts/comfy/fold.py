@@ -8,9 +8,9 @@ at hand, where the user's settings leave no memory for it.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
 on, so that all forwards are alike, and kept from the second on. It is a quarter to a half of the bytes that the vectors
-would send over the bus each time. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do: a forward
-is bound by launches, and W0 + D and its turned halves are rounded once more each, as the result is anyway. bf16 would
-lose eight times as much and goes through fp32.
+would send over the bus each time. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do, for
+such a forward is bound by launches: W0 + D and its rotation by one half of R are rounded as well as the result. bf16
+would lose eight times as much and goes through fp32.
 
 Where weights are merged, the vectors of the weight that came next the last time are sent to the device while ComfyUI
 moves that weight.
@@ -71,8 +71,8 @@ class Fold:
         return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed})
 
     def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
-        """The `weight` (out, in) of one layer adapted, fp32 or in its own dtype, perhaps in its memory; `repeated`: it is
-        asked for in every forward."""
+        """The `weight` (out, in) of one layer adapted, in fp32 or its own dtype, perhaps in its memory; `repeated`: it
+        is asked for in every forward."""
         half = repeated and weight.dtype == torch.float16 and weight.is_cuda
         deltas, turns = self._ready_for(name, strength, weight.device, torch.float16 if half else torch.float32)
         again = name in self._met

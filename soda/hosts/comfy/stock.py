@@ -281,8 +281,8 @@ def _as_stored(weight: Tensor) -> Tensor:
 
 
 def _basis_bytes(layer: Layer) -> int:
-    """Bytes of the vectors that a layer's spectrum needs (see `decomposition`); of svd at least, for a file does not say
-    how many outputs a weight has."""
+    """Bytes of the vectors that a layer's spectrum needs (see `decomposition`); with svd at least so many, for a file
+    does not say how many outputs a weight has."""
     if layer.delta is None:
         return 0
     k = layer.delta.numel()
