@@ -37,14 +37,15 @@ def full_fp32() -> Iterator[None]:
 
 
 def tf32() -> contextlib.AbstractContextManager[None]:
-    """fp32 products on a GPU that has TF32 round what they multiply to 10 bits; all as before afterwards."""
-    return _fp32_products("high", "tf32")
+    """fp32 products on a GPU that has TF32 round what they multiply to 10 bits; all as before afterwards. Where the newer
+    way to set this was used, they stay as they are."""
+    return _fp32_products("high")
 
 
 @contextlib.contextmanager
-def _fp32_products(overall: str, of_place: str) -> Iterator[None]:
+def _fp32_products(overall: str, of_place: str | None = None) -> Iterator[None]:
     """torch has two ways to set this. The older says and sets all at once but refuses to answer once the newer was
-    used."""
+    used, which sets each of PLACES."""
     saved = [place.fp32_precision for place in PLACES]
     try:
         before = torch.get_float32_matmul_precision()
@@ -53,7 +54,7 @@ def _fp32_products(overall: str, of_place: str) -> Iterator[None]:
     try:
         if before is not None:
             torch.set_float32_matmul_precision(overall)
-        for place in PLACES:
+        for place in PLACES if of_place else ():
             place.fp32_precision = of_place
         yield
     finally:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from soda.precision import full_fp32
+from soda.precision import full_fp32, tf32
 from soda.stiefel import StiefelAdam, StiefelSGD, geometry
 
 both = pytest.mark.parametrize("optimizer", [StiefelAdam, StiefelSGD])
@@ -297,6 +297,10 @@ def test_products_are_full_fp32_inside_and_as_before_outside(setting):
         with pytest.raises(KeyError), full_fp32():
             assert torch.get_float32_matmul_precision() == "highest"
             assert torch.backends.cuda.matmul.allow_tf32 is False
+            raise KeyError
+        assert settings_of_products() == before
+        with pytest.raises(KeyError), tf32():
+            assert settings_of_products()[-1] is True or "refuses" in before
             raise KeyError
         assert settings_of_products() == before
 
