@@ -37,8 +37,8 @@ def full_fp32() -> Iterator[None]:
 
 
 def tf32() -> contextlib.AbstractContextManager[None]:
-    """fp32 products on a GPU that has TF32 round what they multiply to 10 bits; all as before afterwards. Where the newer
-    way to set this was used, they stay as they are."""
+    """fp32 products on a GPU that has TF32 round what they multiply to 10 bits; all as before afterwards. Where torch's
+    newer way to set this was used, they stay as they are."""
     return _fp32_products("high")
 
 

@@ -175,5 +175,6 @@ def choose(page: Page, type_: str, name: str, value: str) -> None:
         page.locator(f'[data-node-id="{node}"]').get_by_role("combobox", name=label, exact=True).click()
         page.get_by_role("option", name=value, exact=True).click()
     else:
+        page.wait_for_timeout(400)  # the canvas takes a second click nearby within 300 ms for a double click
         page.mouse.click(x, y)
         page.locator(".litecontextmenu .litemenu-entry").get_by_text(value, exact=True).click()
