@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from comfy.lora import calculate_weight
 from comfy.model_patcher import LowVramPatch
 from comfy.quant_ops import QuantizedTensor
 from quantised_models import GGUF, quantised_model
@@ -114,7 +115,10 @@ def test_bases_on_disk_are_read_while_weights_are_patched(monkeypatch, settings,
     one = sketched(model, decomposition)
     expected = loaded(apply(model, [(one, 1.0)])[0])
     CACHE.flush()
+    patched = None
     for damaged in (False, True):
+        del patched  # what it shares with models of other strengths goes with it
+        gc.collect()
         settings(memory=0.0)
         settings()
         decomposed, files = counted["decomposed"], set(CACHE._folder.path.glob("*.basis"))
@@ -237,6 +241,29 @@ def test_a_change_used_in_every_forward_is_kept_in_a_byte_a_number():
     assert name == layer and kept.data.nbytes <= 1.1 * base.numel()
     fold.bases.clear()  # no longer needed
     assert all(torch.equal(results[0], found) for found in (*results, lazy(base.clone())))
+
+
+def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, monkeypatch):
+    """Under low VRAM also the change of the spectrum, which a forward of another strength then finds."""
+    settings()
+    model, made = small_model(seed=30, dtype=torch.bfloat16), []
+    of = fold.Compressed.of
+    monkeypatch.setattr(fold.Compressed, "of", lambda change: made.append(change) or of(change))
+    one, other = adapter(model), adapter(model, 2)
+    weak, strong = (apply(model, [(one, strength)])[0] for strength in (0.4, 1.2))
+    assert fold_of(weak) is fold_of(strong)
+    assert fold_of(weak) is not fold_of(apply(model, [(other, 0.4)])[0])
+    assert fold_of(weak) is not fold_of(apply(model, [(one, 0.4), (other, 0.4)])[0])
+    load(model)
+    key, base_weight = next((key, weights(model)[key]) for key in weak.patches)
+    for patched in (weak, strong):
+        results = [LowVramPatch(key, patched.patches)(base_weight.clone()) for _ in range(3)]
+        exact = calculate_weight(patched.patches[key], base_weight.float(), key)
+        assert torch.equal(results[0], results[2])
+        assert (results[0] - exact).norm() < 0.03 * (exact - base_weight).norm()
+    assert len(made) == 2  # the first time, and when it is kept
+    settings(memory=0, disk=0)
+    assert fold_of(apply(model, [(one, 0.4)])[0]) is not fold_of(apply(model, [(one, 0.5)])[0])
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])

@@ -28,7 +28,7 @@ def take_off(patcher: ModelPatcher, layers: Mapping[str, str]) -> dict[str, tupl
     for layer, key in layers.items():
         for entry in patcher.patches.get(key, ()):
             if isinstance(entry[1], SodaWeightAdapter) and layer in entry[1].loaded_keys:
-                frozen[layer] = tuple(_copied(term) for term in entry[1].terms)
+                frozen[layer] = tuple(_copied(term.scaled(entry[0])) for term in entry[1].terms)
                 patcher.patches[key] = [other for other in patcher.patches[key] if other is not entry]
         if key in patcher.patches and not patcher.patches[key]:
             del patcher.patches[key]

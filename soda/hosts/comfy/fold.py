@@ -1,4 +1,5 @@
 """What the SODA patches of one model share: the mix that they apply, made ready for a strength and a device at once.
+Models with the same mix on the same weights share one, so that another strength finds all that does not hang on it.
 
 A patch is asked for one weight at a time: once, where ComfyUI merges it into the weight, or in every forward, where it
 has no room for that. What is small (the rotations' factors and the spectra) is made for all layers together when the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -49,6 +50,13 @@ class Ready(NamedTuple):
     turns: Rotations
 
 
+class AtStrength(NamedTuple):
+    """All layers at a strength, and which were asked for, in this order."""
+
+    layers: dict[str, Ready]
+    met: dict[str, None]
+
+
 @dataclass(eq=False)
 class Fold:
     """The mix of all SODA adapters on one model, and the bases that are kept for it."""
@@ -56,13 +64,23 @@ class Fold:
     mix: Adapter
     bases: dict[Place, Basis]
     wanted: Mapping[Place, Wanted]  # all bases needed
-    _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
-    _met: dict[str, None] = field(default_factory=dict, init=False)  # in this order
+    _ready: dict[tuple[float, torch.device, torch.dtype], AtStrength] = field(default_factory=dict, init=False)
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
     _ahead: Ahead = field(default_factory=Ahead, init=False)
 
     @classmethod
-    def of(cls, mix: Adapter, bases: ModelBases) -> Fold:
+    def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
+        """That of a mix on the weights of these bases; `source` tells it from other mixes."""
+        if not bases.kept:  # nothing is to outlast the model that is loaded
+            return cls._new(mix, bases)
+        key = source, frozenset(bases.hashes.items())
+        fold = _shared.get(key)
+        if fold is None:
+            fold = _shared[key] = cls._new(mix, bases)
+        return fold
+
+    @classmethod
+    def _new(cls, mix: Adapter, bases: ModelBases) -> Fold:
         needed = {
             (name, term.decomposition) for name, terms in mix.layers.items() for term in terms if _has_spectrum(term)
         }
@@ -74,12 +92,13 @@ class Fold:
         """The `weight` (out, in) of one layer adapted, in fp32 or its own dtype, perhaps in its memory; `repeated`: it
         is asked for in every forward."""
         half = repeated and weight.dtype == torch.float16 and weight.is_cuda
-        deltas, turns = self._ready_for(name, strength, weight.device, torch.float16 if half else torch.float32)
-        again = name in self._met
+        layers, met = self._ready_for(strength, weight.device, torch.float16 if half else torch.float32)
+        deltas, turns = layers[name]
+        again = name in met
         if not again:
-            if self._met:
-                _next[next(reversed(self._met))] = name
-            self._met[name] = None
+            if met:
+                _next[next(reversed(met))] = name
+            met[name] = None
         changing = any(delta is not None for delta in deltas)
         if not repeated:
             spectra = self._spectra(name, deltas, weight, again)
@@ -115,16 +134,16 @@ class Fold:
             self._changes[name] = change._replace(data=change.data.to(CPU))
         return change
 
-    def _ready_for(self, name: str, strength: float, device: torch.device, dtype: torch.dtype) -> Ready:
-        """One layer's, made for all layers at the first look."""
+    def _ready_for(self, strength: float, device: torch.device, dtype: torch.dtype) -> AtStrength:
+        """Made at the first look."""
         place = (strength, device, dtype)
         if place not in self._ready:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
             self._read_ahead()
-            self._ready[place] = _prepare(self.mix.layers, strength, device, dtype)
+            self._ready[place] = AtStrength(_prepare(self.mix.layers, strength, device, dtype), {})
         self._use()
-        return self._ready[place][name]
+        return self._ready[place]
 
     def _read_ahead(self) -> None:
         """Vectors on disk come while ComfyUI moves weights, which it does from the largest on."""
@@ -178,6 +197,7 @@ class Fold:
         return basis
 
 
+_shared: weakref.WeakValueDictionary[Hashable, Fold] = weakref.WeakValueDictionary()
 _used: list[weakref.ref[Fold]] = []  # the one used last at the end
 _next: dict[str, str] = {}  # layer -> the one that was met after it
 

@@ -124,24 +124,35 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
         for (adapter, layers, weight), error in zip(fitting, errors, strict=True)
         if layers
     ]
-    mixed = mix(checked) if checked else Adapter({})
+    strength, unit = _factored(checked)
+    mixed = mix(unit) if unit else Adapter({})
     names = bypass.bypassed(patcher, list(mixed.layers), mode)
-    beside = {name: mixed.layers[name] for name in names}
+    beside = {name: tuple(term.scaled(strength) for term in mixed.layers[name]) for name in names}
     bypass.install(clone, beside, dict(bases.each({(n, t.decomposition) for n, ts in beside.items() for t in ts if
                                                    (n, t.decomposition) in wanted})))  # fmt: skip
     merged = replace(mixed, layers={name: terms for name, terms in mixed.layers.items() if name not in beside})
-    fold = Fold.of(merged, bases)
+    source = tuple((adapter.content_hash, weight) for adapter, weight in unit)
+    fold = Fold.of(merged, bases, (source, frozenset(beside)))
     report.warnings += bases.warnings() if fold.wanted else []
     patches = {}
     for name in merged.layers:
         key, rows = split_name(name)
         target = key if rows is None else (key, (0, rows[0], rows[1] - rows[0]))
         patches[target] = SodaWeightAdapter({name}, (fold, name, SOMETHING))
-    _replace(clone, patches)
+    _replace(clone, patches, strength)
     forget_around_runs(clone)
     report.changed += len(mixed.layers)
     report.bypassed += len(beside)
     return clone
+
+
+def _factored(parts: Parts) -> tuple[float, Parts]:
+    """(s, parts) whose mix at strength s is that of the given ones: of a lone adapter its weight, which may change from
+    one run to the next when nothing else does."""
+    if len(parts) != 1:
+        return 1.0, parts
+    ((adapter, weight),) = parts
+    return weight, [(adapter, 1.0)]
 
 
 def _with_layers(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]]) -> Adapter:
@@ -155,12 +166,12 @@ def _is_soda(entry: tuple) -> bool:
     return isinstance(entry[1], SodaWeightAdapter)
 
 
-def _replace(clone: ModelPatcher, patches: dict) -> None:
+def _replace(clone: ModelPatcher, patches: dict, strength: float) -> None:
     """Take the old SODA patches off and put the new ones before all others."""
     for key in list(clone.patches):
         clone.patches[key] = [entry for entry in clone.patches[key] if not _is_soda(entry)]
         if not clone.patches[key]:
             del clone.patches[key]
-    clone.add_patches(patches)
+    clone.add_patches(patches, strength)
     for key, entries in clone.patches.items():
         clone.patches[key] = sorted(entries, key=lambda entry: not _is_soda(entry))  # stable: others keep their order
