@@ -9,7 +9,7 @@ last weight patched, in seconds, the median where there are several:
     strength   another strength of what is applied
     mix of 8   another weight in a mix of eight adapters (eight LoRAs in a row)
     step       one forward of the model with all weights offloaded and patched as they are used (low VRAM)
-    RAM        what bases take, in bytes for each number of the adapted weights
+    RAM        what bases take, in bytes for each number of the adapted weights; after `step` with changes kept for it
 
 With --dynamic ComfyUI's dynamic VRAM is on, its default on NVIDIA: weights come to the device and are patched when they
 are first used, so that each figure has a small forward in it; for `step` all but 4 GiB of the device are taken.
@@ -53,7 +53,13 @@ def seconds(device: torch.device, run: Callable[[], Any]) -> float:
 
 
 def put(case: Case, side: Any, model: Any, weights: list[float]) -> float:
-    return seconds(case.device, lambda: load(case, side.apply(model, weights)))
+    """As ComfyUI's default cache does, what a node gave is held until it gave anew."""
+
+    def run() -> None:
+        side.held = side.apply(model, weights)
+        load(case, side.held)
+
+    return seconds(case.device, run)
 
 
 def load(case: Case, model: Any) -> None:
@@ -68,6 +74,7 @@ def fresh(case: Case, side: Any, weights: list[float]) -> tuple[float, Any]:
     """On a model that was just loaded and is on the device."""
     import comfy.model_management
 
+    side.held = None
     comfy.model_management.unload_all_models()
     gc.collect()
     model = case.patcher()
@@ -91,8 +98,10 @@ def measure(kind: str, case: Case) -> dict[str, float]:
     put(case, side, model, [0.3] * 8)
     row["mix"] = statistics.median(put(case, side, model, [0.1 * i] + [0.3] * 7) for i in range(1, ROUNDS + 1))
     numbers = sum(shape.numel() for shape in case.shapes().values())
-    row["ram"] = side.bytes() / numbers
-    row["step"] = low_vram_step(case, side.apply(model, [1.0]))
+    row["ram"] = side.bytes(side.held) / numbers
+    side.held = side.apply(model, [1.0])
+    row["step"] = low_vram_step(case, side.held)
+    row["ram step"] = side.bytes(side.held) / numbers
     return row
 
 
@@ -213,7 +222,7 @@ def main() -> None:
         core = core or {**row, "disk": row["first"]}
         cells = [f"{row[c]:8.3f}{row[c] / core[c]:6.2f}x" if c in row else f"{'-':>15}" for c in columns]
         print(f"{title:15}" + "".join(cells) + f"{row['ram']:8.1f}", flush=True)
-        print(f"{'':15}mix of 8 / mix of 1: {row['mix'] / row['strength']:.2f}", flush=True)
+        print(f"{'':15}mix of 8 / mix of 1: {row['mix'] / row['strength']:.2f}; RAM after step {row['ram step']:.1f}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class Core:
     """LoRAs as *Load LoRA* puts them on: the file kept by the node, keys matched at every run."""
 
     def __init__(self, files: list[Path]):
-        self.files, self.known = files, {}
+        self.files, self.known, self.held = files, {}, None
 
     def forget(self, what: str) -> None:
         self.known.clear()
@@ -106,7 +106,7 @@ class Core:
             model, _ = comfy.sd.load_lora_for_models(model, None, self.known[file], weight, 0)
         return model
 
-    def bytes(self) -> int:
+    def bytes(self, patched: Any) -> int:
         return 0
 
 
@@ -116,7 +116,7 @@ class Soda:
     def __init__(self, files: list[Path]):
         from pack.hosts.comfy.base import CACHE
 
-        self.files, self.cache = files, CACHE
+        self.files, self.cache, self.held = files, CACHE, None
 
     def forget(self, what: str) -> None:
         from pack.hosts.comfy import fit, folders
@@ -137,8 +137,10 @@ class Soda:
             parts.append((folders._read(str(file), stat.st_size, stat.st_mtime_ns), weight))
         return patch.apply(model, parts)[0]
 
-    def bytes(self) -> int:
-        return self.cache.size
+    def bytes(self, patched: Any) -> int:
+        """Of bases in memory, and of changes kept for every forward of a model."""
+        fold, _, _ = next(iter(patched.patches.values()))[0][1].weights
+        return self.cache.size + sum(change.data.nbytes for change in fold._changes.values())
 
 
 def dynamic_vram() -> None:

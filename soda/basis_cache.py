@@ -217,6 +217,13 @@ class BasisCache:
         if self._folder is not None:
             self._folder.flush()
 
+    def leave_to_disk(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
+        """Let go of a basis in memory; its outline, or None, and nothing done, where the folder has none."""
+        outline = None if self._folder is None else self._folder.outline(key, shape)
+        if outline is not None:
+            self.forget(key)
+        return outline
+
     def forget(self, key: Key) -> None:
         """Let go of a basis in memory."""
         with self._lock:

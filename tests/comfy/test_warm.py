@@ -243,6 +243,33 @@ def test_a_change_used_in_every_forward_is_kept_in_a_byte_a_number():
     assert all(torch.equal(results[0], found) for found in (*results, lazy(base.clone())))
 
 
+@pytest.mark.parametrize(("decomposition", "disk", "left"), [("svd", 8, True), ("svd", 0, False), ("lq", 8, False)])
+def test_beside_changes_used_in_every_forward_the_largest_bases_are_left_to_the_disk(
+    settings, counted, decomposition, disk, left
+):
+    """Both together take at most 4 bytes a number then; another mix reads them again and decomposes nothing."""
+    settings(disk=disk)
+    model = small_model(seed=33, dtype=torch.bfloat16)
+    parts = [(adapter(model, decomposition=decomposition), 0.7)]
+    patched = apply(model, parts)[0]
+    exact = loaded(patched)
+    CACHE.flush()
+    load(model)
+    base_weights, before = weights(model), dict(counted)
+    forwards = [LowVramPatch(key, patched.patches) for key in patched.patches]
+    for _ in range(3):
+        results = {lazy.key: lazy(base_weights[lazy.key].clone()) for lazy in forwards}
+    changes = sum(change.data.nbytes for change in fold_of(patched)._changes.values())
+    numbers = sum(base_weights[key].numel() for key in patched.patches)
+    assert numbers <= changes <= 1.1 * numbers
+    assert (kept_bytes(patched) == 0) is left
+    assert not left or all(CACHE._in_memory(wanted[0]) is None for wanted in fold_of(patched).wanted.values())
+    assert same(results, {lazy.key: lazy(base_weights[lazy.key].clone()) for lazy in forwards})
+    assert same(exact, loaded(patched))  # the vectors are at hand again
+    loaded(apply(model, [*parts, (adapter(model, 2, decomposition=decomposition), 0.3)])[0])
+    assert counted["decomposed"] == before["decomposed"]
+
+
 def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, monkeypatch):
     """Under low VRAM also the change of the spectrum, which a forward of another strength then finds."""
     settings()

@@ -9,7 +9,8 @@ at hand, where the user's settings leave no memory for it.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
 on, so that all forwards are alike, and kept from the second on. It is a quarter to a half of the bytes that the vectors
-would send over the bus each time. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do, for
+would send over the bus each time. Where both take more than `MOST` (svd), the vectors are then left to the disk, from
+where another mix reads them. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do, for
 such a forward is bound by launches: W0 + D and its rotation by one half of R are rounded as well as the result. bf16
 would lose eight times as much and goes through fp32.
 
@@ -41,6 +42,7 @@ from .pinned import Ahead, on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
+MOST = 4  # bytes in main memory for each number of an adapted weight
 
 
 class Ready(NamedTuple):
@@ -66,6 +68,7 @@ class Fold:
     wanted: Mapping[Place, Wanted]  # all bases needed
     _ready: dict[tuple[float, torch.device, torch.dtype], AtStrength] = field(default_factory=dict, init=False)
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
+    _heavy: set[str] = field(default_factory=set, init=False)  # layers whose vectors are to be left to the disk
     _ahead: Ahead = field(default_factory=Ahead, init=False)
 
     @classmethod
@@ -113,14 +116,15 @@ class Fold:
 
     def _vectors(self, name: str) -> list[Tensor]:
         """Those of one layer that are at hand."""
-        bases = [self.bases.get((name, term.decomposition)) for term in self.mix.layers.get(name, ())]
-        sides = [side for basis in bases if basis is not None for side in (basis.left, basis.right)]
+        sides = [side for _, basis in self._bases_of(name) for side in (basis.left, basis.right)]
         return [side for side in sides if side is not None]
 
     def _change(self, name: str, weight: Tensor, again: bool) -> Compressed:
         """D of one layer at strength 1, on the weight's device."""
         kept = self._changes.get(name)
         if kept is not None:
+            if name in self._heavy:
+                self._leave_to_disk(name)
             return kept._replace(data=on_device(kept.data, weight.device, pinned=True))
         deltas = [
             term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
@@ -132,7 +136,24 @@ class Fold:
         change = Compressed.of(total)
         if again:
             self._changes[name] = change._replace(data=change.data.to(CPU))
+            held = sum(basis.nbytes for _, basis in self._bases_of(name))
+            if change.data.nbytes + held > MOST * weight.numel():
+                self._heavy.add(name)
         return change
+
+    def _bases_of(self, name: str) -> list[tuple[Place, Basis]]:
+        """Those of one layer that are at hand, perhaps as outlines."""
+        places = [(name, term.decomposition) for term in self.mix.layers.get(name, ())]
+        return [(place, self.bases[place]) for place in dict.fromkeys(places) if place in self.bases]
+
+    def _leave_to_disk(self, name: str) -> None:
+        """Let go of the vectors of one layer as soon as they are there, which takes a while after decomposing."""
+        for place, basis in self._bases_of(name):
+            outline = CACHE.leave_to_disk(*self.wanted[place]) if basis.whole else basis
+            if outline is None:
+                return
+            self.bases[place] = outline
+        self._heavy.discard(name)
 
     def _ready_for(self, strength: float, device: torch.device, dtype: torch.dtype) -> AtStrength:
         """Made at the first look."""
@@ -147,7 +168,7 @@ class Fold:
 
     def _read_ahead(self) -> None:
         """Vectors on disk come while ComfyUI moves weights, which it does from the largest on."""
-        outlined = [place for place, basis in self.bases.items() if not basis.whole]
+        outlined = [place for place, basis in self.bases.items() if not basis.whole and place[0] not in self._changes]
         outlined.sort(key=lambda place: (math.prod(self.wanted[place][1]), place[0]), reverse=True)
         CACHE.read_ahead(self.wanted[place] for place in outlined)
 
