@@ -47,7 +47,7 @@ def fp8_patcher(name: str, small: bool):
 
 def adapter(patcher, decomposition: str):
     from pack.adapter import Adapter, Layer
-    from pack.hosts.comfy.fit import shapes
+    from pack.hosts.comfy.base import shapes
     from pack.hosts.comfy.targets import attention_weights
     from pack.kronecker import factor_sizes
 
@@ -62,7 +62,7 @@ def adapter(patcher, decomposition: str):
 def core_lora(patcher):
     """Core's LoRAs on the same layers, through what *Load LoRA (Bypass)* uses."""
     from comfy.weight_adapter import BypassInjectionManager, LoRAAdapter
-    from pack.hosts.comfy.fit import shapes
+    from pack.hosts.comfy.base import shapes
     from pack.hosts.comfy.targets import attention_weights
 
     known, manager = shapes(patcher), BypassInjectionManager()

@@ -41,7 +41,7 @@ def errors(model, decomposition: str, dtype: torch.dtype, size: float = 0.05) ->
 
 @pytest.mark.parametrize("decomposition", ["none", "lq", "svd", "qr"])
 def test_merged_weights_are_those_of_double_precision(model, decomposition):
-    """The vectors of the second and third time come ahead, on a stream of their own."""
+    """The vectors of the third time come from pinned memory."""
     limit = 3e-6 if decomposition == "none" else 1e-3
     assert max(errors(model, decomposition, torch.float32)) < limit
 

@@ -13,9 +13,6 @@ would send over the bus each time. Where both take more than `MOST` (svd), the v
 where another mix reads them. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do, for
 such a forward is bound by launches: W0 + D and its rotation by one half of R are rounded as well as the result. bf16
 would lose eight times as much and goes through fp32.
-
-Where weights are merged, the vectors of the weight that came next the last time are sent to the device while ComfyUI
-moves that weight.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ from ...decomposition import Basis, add_spectral_change
 from ...precision import CPU
 from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases, Place
-from .pinned import Ahead, on_device
+from .pinned import on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
@@ -53,10 +50,10 @@ class Ready(NamedTuple):
 
 
 class AtStrength(NamedTuple):
-    """All layers at a strength, and which were asked for, in this order."""
+    """All layers at a strength, and which were asked for."""
 
     layers: dict[str, Ready]
-    met: dict[str, None]
+    met: set[str]
 
 
 @dataclass(eq=False)
@@ -69,7 +66,6 @@ class Fold:
     _ready: dict[tuple[float, torch.device, torch.dtype], AtStrength] = field(default_factory=dict, init=False)
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
     _heavy: set[str] = field(default_factory=set, init=False)  # layers whose vectors are to be left to the disk
-    _ahead: Ahead = field(default_factory=Ahead, init=False)
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
@@ -98,26 +94,15 @@ class Fold:
         layers, met = self._ready_for(strength, weight.device, torch.float16 if half else torch.float32)
         deltas, turns = layers[name]
         again = name in met
-        if not again:
-            if met:
-                _next[next(reversed(met))] = name
-            met[name] = None
-        changing = any(delta is not None for delta in deltas)
+        met.add(name)
         if not repeated:
-            spectra = self._spectra(name, deltas, weight, again)
-            if changing and weight.is_cuda:
-                self._ahead.send(self._vectors(_next.get(name, "")), weight.device)
-            return changed(weight, spectra, turns, inplace=True)
+            return changed(weight, self._spectra(name, deltas, weight, again), turns, inplace=True)
+        changing = any(delta is not None for delta in deltas)
         change = self._change(name, weight, again) if changing else None
         total = weight.contiguous() if half else weight.to(torch.float32, memory_format=torch.contiguous_format)
         if change is not None:
             change.add_to(total, strength)
         return turns.turned(total)
-
-    def _vectors(self, name: str) -> list[Tensor]:
-        """Those of one layer that are at hand."""
-        sides = [side for _, basis in self._bases_of(name) for side in (basis.left, basis.right)]
-        return [side for side in sides if side is not None]
 
     def _change(self, name: str, weight: Tensor, again: bool) -> Compressed:
         """D of one layer at strength 1, on the weight's device."""
@@ -162,7 +147,7 @@ class Fold:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
             self._read_ahead()
-            self._ready[place] = AtStrength(_prepare(self.mix.layers, strength, device, dtype), {})
+            self._ready[place] = AtStrength(_prepare(self.mix.layers, strength, device, dtype), set())
         self._use()
         return self._ready[place]
 
@@ -199,8 +184,7 @@ class Fold:
                     self.bases[place] = basis
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             left, right = (
-                side if side is None else self._ahead.take(side, weight.device, pinned)
-                for side in (basis.left, basis.right)
+                side if side is None else on_device(side, weight.device, pinned) for side in (basis.left, basis.right)
             )
             found.append(Spectrum(left, right, delta))
         return found
@@ -220,7 +204,6 @@ class Fold:
 
 _shared: weakref.WeakValueDictionary[Hashable, Fold] = weakref.WeakValueDictionary()
 _used: list[weakref.ref[Fold]] = []  # the one used last at the end
-_next: dict[str, str] = {}  # layer -> the one that was met after it
 
 
 def _has_spectrum(term: Layer) -> bool:
