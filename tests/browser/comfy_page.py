@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -175,6 +176,13 @@ def choose(page: Page, type_: str, name: str, value: str) -> None:
         page.locator(f'[data-node-id="{node}"]').get_by_role("combobox", name=label, exact=True).click()
         page.get_by_role("option", name=value, exact=True).click()
     else:
-        page.wait_for_timeout(400)  # the canvas takes a second click nearby within 300 ms for a double click
-        page.mouse.click(x, y)
-        page.locator(".litecontextmenu .litemenu-entry").get_by_text(value, exact=True).click()
+        entry = page.locator(".litecontextmenu .litemenu-entry").get_by_text(value, exact=True)
+        for _ in range(5):  # a busy page loses a click
+            page.wait_for_timeout(400)  # the canvas takes a second click nearby within 300 ms for a double click
+            page.mouse.click(x, y)
+            try:
+                entry.wait_for(timeout=5000)
+                break
+            except PlaywrightTimeout:
+                continue
+        entry.click()
