@@ -7,7 +7,7 @@ import os
 import shutil
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from playwright.sync_api import Browser, Page, sync_playwright
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
@@ -180,9 +180,7 @@ def choose(page: Page, type_: str, name: str, value: str) -> None:
         for _ in range(5):  # a busy page loses a click
             page.wait_for_timeout(400)  # the canvas takes a second click nearby within 300 ms for a double click
             page.mouse.click(x, y)
-            try:
+            with suppress(PlaywrightTimeout):
                 entry.wait_for(timeout=5000)
                 break
-            except PlaywrightTimeout:
-                continue
         entry.click()

@@ -9,10 +9,10 @@ at hand, where the user's settings leave no memory for it.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
 on, so that all forwards are alike, and kept from the second on. It is a quarter to a half of the bytes that the vectors
-would send over the bus each time. Where both take more than `MOST` (svd), the vectors are then left to the disk, from
-where another mix reads them. An fp16 weight is then adapted in fp16 on a GPU, as ComfyUI's own patches do, for
-such a forward is bound by launches: W0 + D and its rotation by one half of R are rounded as well as the result. bf16
-would lose eight times as much and goes through fp32.
+would send over the bus each time. Where both take more than `MOST` (svd), the vectors are left to the disk from the
+third time on; another mix reads them from there. An fp16 weight is adapted in fp16 on a GPU in such a forward, as
+ComfyUI's own patches do, for it is bound by launches: W0 + D and its rotation by one half of R are rounded as well as
+the result. bf16 would lose eight times as much and goes through fp32.
 """
 
 from __future__ import annotations
