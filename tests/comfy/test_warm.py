@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -20,7 +21,7 @@ from soda_pack.nodes.loader import SodaLoader
 from soda_pack.soda import basis_cache, rotation
 from soda_pack.soda.file import save
 from soda_pack.soda.hosts.comfy import base, bypass, fit, fold, folders
-from soda_pack.soda.hosts.comfy.base import CACHE
+from soda_pack.soda.hosts.comfy.base import CACHE, shapes
 from soda_pack.soda.hosts.comfy.fold import FOLDS, Ready
 from soda_pack.soda.hosts.comfy.patch import apply
 from soda_pack.soda.hosts.comfy.targets import attention_weights
@@ -330,6 +331,29 @@ def test_with_caching_off_nothing_is_kept(settings, counted, decomposition):
     assert CACHE.size == 0
     assert all(torch.allclose(after[key], expected[key], atol=1e-6) for key in after)
     assert not fold_of(patched).bases
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+@pytest.mark.parametrize("memory", [0, 6])
+def test_a_direction_that_a_weight_lacks_stays_out_every_time(settings, decomposition, memory):
+    settings()
+    model = small_model(seed=27)
+    shape = shapes(model)
+    short = [key for key in attention_weights(model).values() if shape[key][0] <= shape[key][1]]
+    with torch.inference_mode():
+        for name, weight in model.model.named_parameters():
+            if name in short:
+                weight[-1] = 0.0
+    one = adapter(model, size=1.0, decomposition=decomposition)
+    still = replace(one, layers={n: tuple(replace(t, logs=tuple(0 * log for log in t.logs)) for t in terms)
+                                 for n, terms in one.layers.items()})  # fmt: skip
+    settings(memory=memory, disk=0)
+    patched = apply(model, [(still, 1.0)])[0]
+    plain = weights(model)
+    for _ in range(4):
+        after = {key: calculate_weight(patched.patches[key], plain[key].clone(), key) for key in short}
+        assert all(row.count_nonzero() == 0 for row in (weight[-1] for weight in after.values()))
+        assert not any(torch.allclose(weight, plain[key]) for key, weight in after.items())
 
 
 def test_a_model_too_large_for_the_memory_is_adapted_and_the_user_told(settings):

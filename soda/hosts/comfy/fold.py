@@ -182,6 +182,7 @@ class Fold:
                 basis = self._remade(place, weight, outlined)
                 if keep or outlined:
                     self.bases[place] = basis
+            if not basis.live.all():
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             left, right = (
                 side if side is None else on_device(side, weight.device, pinned) for side in (basis.left, basis.right)
