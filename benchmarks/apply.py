@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
-    parser.add_argument("--turns", choices=("strength", "disk", "step"), help="this, all sides in turn in one process")
+    turns = ("strength", "disk", "step")
+    parser.add_argument("--turns", choices=turns, nargs="+", default=[], help="these, all sides in turn in one process")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the turns")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
     arguments = parser.parse_args()
@@ -201,9 +202,10 @@ def main() -> None:
             args.base_directory = folder
             with torch.inference_mode():  # as ComfyUI runs nodes
                 case = Case(device, arguments.small, Path(folder))
-                print(json.dumps(measure(arguments.side, case))) if arguments.side else in_turn(
-                    case, arguments.turns, arguments.rounds
-                )
+                if arguments.side:
+                    print(json.dumps(measure(arguments.side, case)))
+                for what in arguments.turns:
+                    in_turn(case, what, arguments.rounds)
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -91,7 +91,7 @@ class BasisCache:
         done, missing = 0, dict.fromkeys(weights)
         shapes = {name: tuple(weights[name].shape) for name in weights} if shapes is None else shapes
         wanted = {name: (key, shapes[name]) for name, key in keys.items()}
-        for name, basis in self._at_hand(wanted, outlines):
+        for name, basis in self._outlined(wanted) if outlines else self._at_hand(wanted):
             del missing[name]
             done += 1
             tell(done, len(weights))
@@ -106,8 +106,30 @@ class BasisCache:
                 tell(done, len(weights))
                 yield name, basis
 
-    def _at_hand(self, wanted: Mapping[str, Wanted], outlines: bool) -> Iterator[tuple[str, Basis]]:
-        """Those in memory, then those on disk or their outlines, some at a time: what is not kept must not pile up."""
+    def _at_hand(self, wanted: Mapping[str, Wanted]) -> Iterator[tuple[str, Basis]]:
+        """Those in memory, then those on disk, some at a time: what is not kept must not pile up."""
+        absent = yield from self._in_memory_of(wanted)
+        if self._folder is None or not absent:
+            return
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(absent), AT_ONCE):
+                some = absent[start : start + AT_ONCE]
+                for name, basis in zip(some, pool.map(lambda name: self.get(*wanted[name]), some), strict=True):
+                    if basis is not None:
+                        yield name, basis
+
+    def _outlined(self, wanted: Mapping[str, Wanted]) -> Iterator[tuple[str, Basis]]:
+        """Those in memory, then the outlines of those on disk."""
+        absent = yield from self._in_memory_of(wanted)
+        if self._folder is None:
+            return
+        for name in absent:
+            outline = self._folder.outline(*wanted[name])
+            if outline is not None:
+                yield name, outline
+
+    def _in_memory_of(self, wanted: Mapping[str, Wanted]) -> Generator[tuple[str, Basis], None, list[str]]:
+        """Those in memory; returns the names of the others."""
         absent = []
         for name, (key, _) in wanted.items():
             basis = self._in_memory(key)
@@ -115,15 +137,7 @@ class BasisCache:
                 absent.append(name)
             else:
                 yield name, basis
-        if self._folder is None or not absent:
-            return
-        read = self._folder.outline if outlines else self.get
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(absent), AT_ONCE):
-                some = absent[start : start + AT_ONCE]
-                for name, basis in zip(some, pool.map(lambda name: read(*wanted[name]), some), strict=True):
-                    if basis is not None:
-                        yield name, basis
+        return absent
 
     def hashes(
         self, weights: Mapping[str, Tensor], owner: object = None, seen: Mapping[str, str] | None = None

@@ -284,8 +284,8 @@ def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, mon
     assert fold_of(weak) is not fold_of(apply(model, [(one, 0.4), (other, 0.4)])[0])
     load(model)
     key, base_weight = next((key, weights(model)[key]) for key in weak.patches)
-    for patched in (weak, strong):
-        results = [LowVramPatch(key, patched.patches)(base_weight.clone()) for _ in range(3)]
+    rounds = [[LowVramPatch(key, one.patches)(base_weight.clone()) for one in (weak, strong)] for _ in range(3)]
+    for patched, results in zip((weak, strong), zip(*rounds, strict=True), strict=True):
         exact = calculate_weight(patched.patches[key], base_weight.float(), key)
         assert torch.equal(results[0], results[2])
         assert (results[0] - exact).norm() < 0.03 * (exact - base_weight).norm()

@@ -8,11 +8,12 @@ strengths that somebody tried. What is large, the vectors of the bases, lies in 
 at hand, where the user's settings leave no memory for it.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
-on, so that all forwards are alike, and kept from the second on. It is a quarter to a half of the bytes that the vectors
-would send over the bus each time. Where both take more than `MOST` (svd), the vectors are left to the disk from the
-third time on; another mix reads them from there. An fp16 weight is adapted in fp16 on a GPU in such a forward, as
-ComfyUI's own patches do, for it is bound by launches: W0 + D and its rotation by one half of R are rounded as well as
-the result. bf16 would lose eight times as much and goes through fp32.
+on, so that all forwards are alike, and kept from the second on, whatever the strengths: who tries strengths may ask
+once at each. It is a quarter to a half of the bytes that the vectors would send over the bus each time. Where both take
+more than `MOST` (svd), the vectors are left to the disk from the third time on; another mix reads them from there. An
+fp16 weight is adapted in fp16 on a GPU in such a forward, as ComfyUI's own patches do, for it is bound by launches: W0
++ D and its rotation by one half of R are rounded as well as the result. bf16 would lose eight times as much and goes
+through fp32.
 """
 
 from __future__ import annotations
@@ -49,13 +50,6 @@ class Ready(NamedTuple):
     turns: Rotations
 
 
-class AtStrength(NamedTuple):
-    """All layers at a strength, and which were asked for."""
-
-    layers: dict[str, Ready]
-    met: set[str]
-
-
 @dataclass(eq=False)
 class Fold:
     """The mix of all SODA adapters on one model, and the bases that are kept for it."""
@@ -63,7 +57,8 @@ class Fold:
     mix: Adapter
     bases: dict[Place, Basis]
     wanted: Mapping[Place, Wanted]  # all bases needed
-    _ready: dict[tuple[float, torch.device, torch.dtype], AtStrength] = field(default_factory=dict, init=False)
+    _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
+    _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
     _heavy: set[str] = field(default_factory=set, init=False)  # layers whose vectors are to be left to the disk
 
@@ -91,10 +86,10 @@ class Fold:
         """The `weight` (out, in) of one layer adapted, in fp32 or its own dtype, perhaps in its memory; `repeated`: it
         is asked for in every forward."""
         half = repeated and weight.dtype == torch.float16 and weight.is_cuda
-        layers, met = self._ready_for(strength, weight.device, torch.float16 if half else torch.float32)
-        deltas, turns = layers[name]
-        again = name in met
-        met.add(name)
+        ready = self._ready_for(strength, weight.device, torch.float16 if half else torch.float32)
+        deltas, turns = ready[name]
+        again = name in self._met
+        self._met.add(name)
         if not repeated:
             return changed(weight, self._spectra(name, deltas, weight, again), turns, inplace=True)
         changing = any(delta is not None for delta in deltas)
@@ -140,14 +135,14 @@ class Fold:
             self.bases[place] = outline
         self._heavy.discard(name)
 
-    def _ready_for(self, strength: float, device: torch.device, dtype: torch.dtype) -> AtStrength:
+    def _ready_for(self, strength: float, device: torch.device, dtype: torch.dtype) -> dict[str, Ready]:
         """Made at the first look."""
         place = (strength, device, dtype)
         if place not in self._ready:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
             self._read_ahead()
-            self._ready[place] = AtStrength(_prepare(self.mix.layers, strength, device, dtype), set())
+            self._ready[place] = _prepare(self.mix.layers, strength, device, dtype)
         self._use()
         return self._ready[place]
 
