@@ -246,10 +246,11 @@ def test_a_change_used_in_every_forward_is_kept_in_a_byte_a_number():
 
 @pytest.mark.parametrize(("decomposition", "disk", "left"), [("svd", 8, True), ("svd", 0, False), ("lq", 8, False)])
 def test_beside_changes_used_in_every_forward_the_largest_bases_are_left_to_the_disk(
-    settings, counted, decomposition, disk, left
+    monkeypatch, settings, counted, decomposition, disk, left
 ):
     """Both together take at most 4 bytes a number then; another mix reads them again and decomposes nothing."""
     settings(disk=disk)
+    monkeypatch.setattr(fold, "LOOKS", 1)
     model = small_model(seed=33, dtype=torch.bfloat16)
     parts = [(adapter(model, decomposition=decomposition), 0.7)]
     patched = apply(model, parts)[0]
@@ -265,6 +266,7 @@ def test_beside_changes_used_in_every_forward_the_largest_bases_are_left_to_the_
     assert numbers <= changes <= 1.1 * numbers
     assert (kept_bytes(patched) == 0) is left
     assert not left or all(CACHE._in_memory(wanted[0]) is None for wanted in fold_of(patched).wanted.values())
+    monkeypatch.setattr(CACHE, "leave_to_disk", None)  # nor is looked for in every forward to come
     assert same(results, {lazy.key: lazy(base_weights[lazy.key].clone()) for lazy in forwards})
     assert same(exact, loaded(patched))  # the vectors are at hand again
     loaded(apply(model, [*parts, (adapter(model, 2, decomposition=decomposition), 0.3)])[0])

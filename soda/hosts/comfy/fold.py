@@ -41,6 +41,7 @@ from .pinned import on_device
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
 MOST = 4  # bytes in main memory for each number of an adapted weight
+LOOKS = 200  # forwards in which a basis is expected on disk; a slow one takes half a minute for SDXL's
 
 
 class Ready(NamedTuple):
@@ -60,7 +61,7 @@ class Fold:
     _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
-    _heavy: set[str] = field(default_factory=set, init=False)  # layers whose vectors are to be left to the disk
+    _heavy: dict[str, int] = field(default_factory=dict, init=False)  # layers to leave to the disk, looks that remain
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
@@ -118,7 +119,7 @@ class Fold:
             self._changes[name] = change._replace(data=change.data.to(CPU))
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
             if change.data.nbytes + held > MOST * weight.numel():
-                self._heavy.add(name)
+                self._heavy[name] = LOOKS
         return change
 
     def _bases_of(self, name: str) -> list[tuple[Place, Basis]]:
@@ -127,13 +128,15 @@ class Fold:
         return [(place, self.bases[place]) for place in dict.fromkeys(places) if place in self.bases]
 
     def _leave_to_disk(self, name: str) -> None:
-        """Let go of the vectors of one layer as soon as they are there, which takes a while after decomposing."""
+        """Let go of the vectors of one layer as soon as they are there: a while after decomposing, or never."""
         for place, basis in self._bases_of(name):
             outline = CACHE.leave_to_disk(*self.wanted[place]) if basis.whole else basis
-            if outline is None:
+            if outline is not None:
+                self.bases[place] = outline
+            elif self._heavy[name] > 1:
+                self._heavy[name] -= 1
                 return
-            self.bases[place] = outline
-        self._heavy.discard(name)
+        del self._heavy[name]
 
     def _ready_for(self, strength: float, device: torch.device, dtype: torch.dtype) -> dict[str, Ready]:
         """Made at the first look."""
