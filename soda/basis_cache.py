@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .bases import WORKING_SET, Progress, Some, decompose_batches, to_keep
+from .bases import WORKING_SET, Progress, Some, decompose_batches, stream_after, to_keep
 from .basis_folder import BasisFolder
 from .decomposition import Basis, Key
-from .precision import CPU, stream_after
+from .precision import CPU
 
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.6 GB in svd
 DISK_BYTES = 8 << 30

@@ -64,15 +64,6 @@ def _fp32_products(overall: str, of_place: str | None = None) -> Iterator[None]:
             place.fp32_precision = precision
 
 
-def stream_after(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream that goes on from what this thread has asked the device for; None where there are no streams."""
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
-
-
 @lru_cache
 def has_fp64(device: torch.device) -> bool:
     """Whether the device computes in fp64 at all."""
