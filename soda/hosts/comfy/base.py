@@ -194,6 +194,10 @@ class ModelBases:
         layer, decomposition = place
         return (self.hashes[layer], decomposition), self._shapes[layer]
 
+    def dtype(self, layer: str) -> torch.dtype:
+        """Of the weight as it is stored."""
+        return _stored(self.weights.layers[layer], split_name(layer)[0])[0].dtype
+
     def outlines(self, places: Collection[Place]) -> dict[Place, Basis]:
         """At least the outlines of some of them."""
         missing = [place for place in places if place not in self._outlines]

@@ -5,7 +5,8 @@ A patch is asked for one weight at a time: once, where ComfyUI merges it into th
 has no room for that. What is small (the rotations' factors and the spectra) is made for all layers together when the
 first weight is met, and lies on the device while it is in use: ComfyUI's cache may hold the models of a hundred
 strengths that somebody tried. What is large, the vectors of the bases, lies in main memory; or is made from the weight
-at hand, where the user's settings leave no memory for it.
+at hand and dropped, where the user's settings leave no memory for it; of fp32 weights it is kept from the second time
+on even so, since ComfyUI merges these as it patches them in every forward.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
 on, so that all forwards are alike, and kept from the second on, whatever the strengths: who tries strengths may ask
@@ -58,6 +59,7 @@ class Fold:
     mix: Adapter
     bases: dict[Place, Basis]
     wanted: Mapping[Place, Wanted]  # all bases needed
+    unsure: frozenset[str] = frozenset()  # layers of which nothing tells a merge from a forward
     _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
@@ -81,7 +83,8 @@ class Fold:
         }
         found = bases.outlines(needed) if bases.kept else {}
         live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
-        return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed})
+        unsure = frozenset(name for name, _ in needed if bases.dtype(name) == torch.float32)
+        return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed}, unsure)
 
     def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
         """The `weight` (out, in) of one layer adapted, in fp32 or its own dtype, perhaps in its memory; `repeated`: it
@@ -92,7 +95,8 @@ class Fold:
         again = name in self._met
         self._met.add(name)
         if not repeated:
-            return changed(weight, self._spectra(name, deltas, weight, again), turns, inplace=True)
+            keep = again and name in self.unsure
+            return changed(weight, self._spectra(name, deltas, weight, keep), turns, inplace=True)
         changing = any(delta is not None for delta in deltas)
         change = self._change(name, weight, again) if changing else None
         total = weight.contiguous() if half else weight.to(torch.float32, memory_format=torch.contiguous_format)
