@@ -148,6 +148,21 @@ def test_without_memory_for_bases_all_applies_and_nothing_is_kept(loras, monkeyp
     assert met() is None  # though the file is still known
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_without_memory_for_bases_none_are_kept_however_often_a_model_is_loaded(loras, monkeypatch, decomposed, dtype):
+    """But of an fp32 model, whose merges look like forwards."""
+    model = small_model(seed=15, dtype=dtype)
+    monkeypatch.setattr(base, "basis_bounds", lambda: (0, 0))
+    there = through_core(model, loras, sketched(model, "lq"))[0]
+    for _ in range(3):
+        expected = loaded(there)
+        load(model)
+    assert same(loaded(there), expected) and CACHE.size == 0
+    met = next(iter(there.patches.values()))[0][1].weights[2]
+    kept = sum(basis is not None for basis in met.bases.values())
+    assert (kept, len(decomposed)) == ((56, 2 * 56) if dtype == torch.float32 else (0, 4 * 56))
+
+
 def test_a_changed_strength_computes_and_writes_nothing_again(loras, monkeypatch, decomposed):
     monkeypatch.setattr(base, "basis_bounds", lambda: (1 << 30, 1 << 30))
     model = small_model(seed=13)

@@ -116,7 +116,8 @@ class StockAdapter(WeightAdapterBase):
         for rows, layer in self.layers(weight.device, strength):
             place = slice(None) if rows is None else slice(*rows)
             base = untouched[place].float()
-            layer, basis = file.fitting(layer, base, key if rows is None else f"{key}{list(rows)}", met)
+            where = key if rows is None else f"{key}{list(rows)}"
+            layer, basis = file.fitting(layer, base, where, met, matrix.dtype)
             new = adapt(base, [layer], basis)
             if original_weight is None:
                 adapted[place] = new
@@ -160,7 +161,7 @@ class _Met:
     """The weights that the adapters of one file have met, by sample; lives as long as these."""
 
     def __post_init__(self) -> None:
-        # With the basis, where the user's settings leave no memory for it and it is asked for again: in every forward.
+        # With the basis, where the user's settings leave no memory for it and it is asked for in every forward.
         self.bases: dict[str, Basis | None] = {}
 
 
@@ -202,8 +203,10 @@ class _File:
         self._met = weakref.ref(met)
         return met
 
-    def fitting(self, layer: Layer, weight: Tensor, key: str, met: _Met) -> tuple[Layer, dict[str, Basis]]:
-        """(the layer, or its rotation alone; the basis that it needs) on a weight (out, in), fp32."""
+    def fitting(
+        self, layer: Layer, weight: Tensor, key: str, met: _Met, dtype: torch.dtype
+    ) -> tuple[Layer, dict[str, Basis]]:
+        """(the layer, or its rotation alone; the basis it needs) on an fp32 weight (out, in) that came in `dtype`."""
         if layer.delta is None or layer.is_zero():
             return layer, {}
         (seen,) = samples([weight])
@@ -223,7 +226,7 @@ class _File:
             if basis is None and kept:
                 _keep((key, weight.shape), cached, computed, to_disk=not again and error < SILENT_ERROR)
             basis = computed
-            met.bases[seen] = basis if again and not kept else None
+            met.bases[seen] = basis if again and not kept and not _merging(weight, dtype) else None
         near = {name: on_device(tensor, weight.device) for name, tensor in basis.tensors().items()}
         return layer, {layer.decomposition: Basis.of(layer.decomposition, near)}
 
@@ -278,6 +281,12 @@ def _as_stored(weight: Tensor) -> Tensor:
         if torch.equal(narrow.to(weight.dtype), weight):
             return narrow
     return weight
+
+
+def _merging(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight that came in `dtype` is met once, to be merged: core casts narrow ones to fp32 for that. One of
+    an fp32 model looks the same in every forward."""
+    return dtype == torch.float32 and _as_stored(weight) is not weight
 
 
 def _basis_bytes(layer: Layer) -> int:
