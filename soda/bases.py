@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .decomposition import Basis, decompose
+from .decomposition import VECTORS, Basis, decompose
 from .precision import CPU, is_fast_in_fp64, solver_device
 
 WORKING_SET = 3 << 28  # bytes, some seven 1280 x 1280 at a time; larger batches are no faster
@@ -121,10 +121,15 @@ def _batch(weights: list[Tensor], decomposition: Decomposition, device: torch.de
 @torch.inference_mode(False)
 @torch.no_grad()
 def _copied(basis: Basis, place: torch.device) -> Basis:
-    """On a device, in memory of its own."""
-    copies = {name: torch.empty_like(t, device=place) for name, t in basis.tensors().items()}
-    for name, tensor in basis.tensors().items():
+    """On a device, in memory of its own, its vectors one after the other."""
+    tensors = basis.tensors()
+    vectors = [name for name in VECTORS if name in tensors]
+    dtype, sizes = tensors[vectors[0]].dtype, [tensors[name].numel() for name in vectors]
+    parts = torch.empty(sum(sizes), dtype=dtype, device=place).split(sizes)
+    copies = {name: part.view_as(tensors[name]) for name, part in zip(vectors, parts, strict=True)}
+    for name, tensor in tensors.items():
+        copy = copies[name] if name in copies else torch.empty_like(tensor, device=place)
         if tensor.device != place == CPU:
-            copies[name].zero_()  # by all threads: the copy alone meets new pages in one, several times slower
-        copies[name].copy_(tensor)
+            copy.zero_()  # by all threads: the copy alone meets new pages in one, several times slower
+        copies[name] = copy.copy_(tensor)
     return Basis.of(basis.decomposition, copies)

@@ -1,9 +1,12 @@
 """A folder of bases, one file each, bounded in bytes, shared by any number of processes.
 
-A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. It holds the outline and then the
-vectors of a basis, each a checksum and then the tensors of `kept_form`, one after the other: the key says all else. A
-file that cannot be read, is longer or shorter, or whose numbers do not add up is as good as none. What cannot be
-written is not kept: the log says so once, and the work goes on.
+A file appears whole, by renaming, and may vanish at any time; nothing is ever locked. It holds a checksum and then the
+tensors of `kept_form`, one after the other: the key says all else. A file that cannot be read, is longer or shorter, or
+whose numbers do not add up is as good as none. What cannot be written is not kept: the log says so once, and the work
+goes on.
+
+Files are mapped, as ComfyUI maps a checkpoint: to read one into memory of its own takes several times as long, for most
+of that is finding pages. Whoever shortens a file that is in use ends the process; nothing here does.
 """
 
 from __future__ import annotations
@@ -17,18 +20,16 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .decomposition import Basis, Key, kept_bytes, kept_form
 
-T = TypeVar("T")
 SUFFIX = ".basis"
 CHECKSUM = 8  # bytes
 WRITERS = 4
@@ -64,16 +65,9 @@ class BasisFolder:
 
     def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """The basis of a weight of this shape, or None."""
-        return self._get(key, shape, whole=True)
-
-    def outline(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
-        """The same without vectors, at a fraction of the bytes."""
-        return self._get(key, shape, whole=False)
-
-    def _get(self, key: Key, shape: tuple[int, ...], whole: bool) -> Basis | None:
         file = self._file(key)
         try:
-            basis = _read(file, key, shape, whole)
+            basis = _read(file, key, shape)
             with contextlib.suppress(OSError):  # a folder that is read only keeps its times
                 os.utime(file)
         except OSError:
@@ -82,7 +76,7 @@ class BasisFolder:
 
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
-        size = 2 * CHECKSUM + basis.nbytes
+        size = CHECKSUM + basis.nbytes
         if not self._writable or size > self.limit:
             return
         try:
@@ -151,36 +145,34 @@ class BasisFolder:
 
 
 @torch.inference_mode(False)
-def _read(file: Path, key: Key, shape: tuple[int, ...], whole: bool) -> Basis:
-    """The basis or outline that a file holds, straight into memory of its own: to map and copy it takes twice as long.
+def _read(file: Path, key: Key, shape: tuple[int, ...]) -> Basis:
+    """Its tensors are the file's; what is written to them stays in memory.
 
     Raises OSError where the file is longer or shorter, or was changed.
     """
-    tensors: dict[str, Tensor] = {}
-    with open(file, "rb", buffering=0) as stored:
-        if os.fstat(stored.fileno()).st_size != 2 * CHECKSUM + kept_bytes(shape, key[1]):
-            raise OSError(f"{file} has not the size of a basis of {tuple(shape)}")
-        for part in _parts(kept_form(shape, key[1]))[: 2 if whole else 1]:
-            sizes = [math.prod(size) * dtype.itemsize for size, dtype in part.values()]
-            checksum, data = stored.read(CHECKSUM), torch.empty(sum(sizes), dtype=torch.uint8)
-            if stored.readinto(data.numpy().data) != len(data):
-                raise OSError(f"{file} became shorter")
-            if checksum != _checksum(key, data):
-                raise OSError(f"{file} was changed")
-            for (name, (size, dtype)), piece in zip(part.items(), data.split(sizes), strict=True):
-                tensors[name] = piece.view(dtype).view(size)
-    return Basis.of(key[1], tensors)
+    form = kept_form(shape, key[1])
+    size = CHECKSUM + kept_bytes(shape, key[1])
+    if file.stat().st_size != size:
+        raise OSError(f"{file} has not the size of a basis of {tuple(shape)}")
+    try:
+        stored = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(f"{file} cannot be mapped") from error
+    if stored[:CHECKSUM].numpy().tobytes() != _checksum(key, stored[CHECKSUM:]):
+        raise OSError(f"{file} was changed")
+    pieces = stored[CHECKSUM:].split([math.prod(part) * dtype.itemsize for part, dtype in form.values()])
+    tensors = {name: piece.view(form[name][1]).view(form[name][0]) for name, piece in zip(form, pieces, strict=True)}
+    return replace(Basis.of(key[1], tensors), mapped=True)
 
 
 def _write(file: Path, key: Key, basis: Basis) -> None:
-    """Without fsync: after a power cut the checksums tell."""
+    """Without fsync: after a power cut the checksum tells."""
+    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in basis.tensors().values()])
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=f"{SUFFIX}.part")
     try:
         with os.fdopen(handle, "wb") as stored:
-            for part in _parts(basis.tensors()):
-                data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in part.values()])
-                stored.write(_checksum(key, data))
-                stored.write(data.numpy().data)
+            stored.write(_checksum(key, data))
+            stored.write(data.numpy().data)
         os.replace(temporary, file)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -188,16 +180,10 @@ def _write(file: Path, key: Key, basis: Basis) -> None:
         raise
 
 
-def _parts(named: Mapping[str, T]) -> list[dict[str, T]]:
-    """Outline and vectors."""
-    vectors = {name: value for name, value in named.items() if name in ("left", "right")}
-    return [{name: value for name, value in named.items() if name not in vectors}, vectors]
-
-
 def _checksum(key: Key, data: Tensor) -> bytes:
     """The sum modulo 2^64 of 64-bit words, the last bytes alone, and a number of the key's own, so that a file of zeros
-    is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
-    numbers, words = data.numpy(), len(data) // 8 * 8
-    total = int(numbers[:words].view(np.uint64).sum()) + int(numbers[words:].sum())
+    is none. Any bit flipped and any page lost changes it. A pass at memory speed, by all threads."""
+    words, rest = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :]
+    total = int(words.sum()) + int(rest.sum())
     total += int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
     return (total % (1 << 8 * CHECKSUM)).to_bytes(CHECKSUM, "little")

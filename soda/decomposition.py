@@ -46,6 +46,7 @@ Key = tuple[str, Decomposition]  # the hash of a weight and what was made of it
 
 LIVE = 1e-4
 KEPT_DTYPE = torch.float16
+VECTORS = ("left", "right")
 PASSES = 3
 STREAMS = 4
 LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its batched kernel, made for small ones
@@ -55,7 +56,7 @@ LOOPED = 256  # from here on cuSOLVER's one Cholesky after the other outruns its
 class Basis:
     """A decomposition of `(..., out, in)` weights: left `(..., out, k)` and right `(..., k, in)`, svd both, lq right
     and qr left alone; spectrum and live (bool) `(..., k)`; probes `(..., k, 16)`, left^T S_1^T and right S_2^T, None in
-    training. An outline is one without vectors."""
+    training. An outline is one without vectors. mapped: whether its tensors lie in a file."""
 
     decomposition: Decomposition
     left: Tensor | None
@@ -63,6 +64,7 @@ class Basis:
     spectrum: Tensor
     live: Tensor
     probes: Tensor | None = None
+    mapped: bool = False
 
     @classmethod
     def of(cls, decomposition: Decomposition, tensors: Mapping[str, Tensor]) -> Basis:
@@ -72,7 +74,7 @@ class Basis:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name, as `kept_form` orders them."""
-        named = {name: getattr(self, name) for name in ("spectrum", "probes", "live", "left", "right")}
+        named = {name: getattr(self, name) for name in ("spectrum", "probes", *VECTORS, "live")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
@@ -101,15 +103,16 @@ class Basis:
 
 
 def kept_form(shape: Sequence[int], decomposition: Decomposition) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the kept basis of one weight `(out, in)`, by name, its outline first."""
+    """Shapes and dtypes of the kept basis of one weight `(out, in)`, by name, in an order in which one after the other
+    they are aligned."""
     (out, inner), k = shape, min(shape)
     vectors = {"left": ((out, k), KEPT_DTYPE), "right": ((k, inner), KEPT_DTYPE)}
     vectors.pop({"lq": "left", "qr": "right"}.get(decomposition, ""), None)
     return {
         "spectrum": ((k,), torch.float32),
         "probes": ((k, 2 * SKETCH_SIZE), torch.float32),
-        "live": ((k,), torch.bool),
         **vectors,
+        "live": ((k,), torch.bool),
     }
 
 

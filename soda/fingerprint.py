@@ -45,13 +45,17 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _uniform(count: int, seed: int) -> Tensor:
-    """fp64 in (0, 1) from SplitMix64 on a counter: the same numbers on every platform and torch version."""
+def random_words(count: int, seed: int) -> Tensor:
+    """int64 by SplitMix64 on a counter: the same numbers on every platform and torch version."""
     x = (torch.arange(1, count + 1, dtype=torch.int64) + (seed << 40)) * _GOLDEN
     for bits, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
         x = (x ^ _shift_right(x, bits)) * factor
-    x = x ^ _shift_right(x, 31)
-    return (_shift_right(x, 11).double() + 0.5) / (1 << 53)
+    return x ^ _shift_right(x, 31)
+
+
+def _uniform(count: int, seed: int) -> Tensor:
+    """fp64 in (0, 1)."""
+    return (_shift_right(random_words(count, seed), 11).double() + 0.5) / (1 << 53)
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import comfy.model_management
 import pytest
 import torch
@@ -9,8 +11,12 @@ from comfy.lora import calculate_weight
 from comfy.model_patcher import ModelPatcher
 from small_models import adapter, small_model
 from soda_pack.soda.adapt import adapt
+from soda_pack.soda.bases import to_keep
+from soda_pack.soda.basis_folder import BasisFolder
 from soda_pack.soda.decomposition import decompose
+from soda_pack.soda.hosts.comfy import pinned
 from soda_pack.soda.hosts.comfy.patch import apply
+from soda_pack.soda.hosts.comfy.pinned import vectors_on_device
 
 DEVICE = comfy.model_management.get_torch_device()
 
@@ -53,3 +59,30 @@ def test_what_a_forward_adapts_in_half_precision_is_near(model, decomposition):
     found = errors(model, decomposition, torch.float16)
     assert max(found) < limit
     assert found[: len(found) // 3] == found[-len(found) // 3 :]  # all forwards are alike
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_vectors_arrive_whole_wherever_they_are_sent_from(tmp_path, monkeypatch, decomposition, mapped):
+    """A ring of less memory than they take, then memory that is pinned; a mapped file gets some behind the job."""
+    monkeypatch.setattr(pinned, "SLOT", 1 << 14)
+    monkeypatch.setattr(pinned, "_ring", lru_cache(pinned._Ring))
+    weight = torch.randn(320, 640, generator=torch.Generator().manual_seed(0))
+    made = to_keep(decompose(weight, decomposition))
+    basis = made
+    if mapped:
+        folder = BasisFolder(tmp_path, 1 << 30)
+        folder.put(("a weight", decomposition), made)
+        basis = folder.get(("a weight", decomposition), weight.shape)
+    sources = []
+    for _ in range(4):
+        sent = vectors_on_device(basis, DEVICE)
+        for there, held in zip(sent, (made.left, made.right), strict=True):
+            assert (there is held is None) or torch.equal(there.cpu(), held)
+        pinned._behind.submit(int).result()
+        way = getattr(basis.right if basis.left is None else basis.left, pinned.WAY)
+        sources.append((way.pinned, way.held.is_pinned()))
+    assert sources == [(False, False)] * (1 + mapped) + [(True, True)] * (3 - mapped)
+    before = comfy.model_management.TOTAL_PINNED_MEMORY
+    del basis, made, way, sent, held
+    assert before > comfy.model_management.TOTAL_PINNED_MEMORY

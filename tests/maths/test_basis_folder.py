@@ -15,7 +15,7 @@ import torch
 from some_bases import filled, near, same, size_on_disk, some_weights
 
 from soda import basis_folder
-from soda.basis_cache import BasisCache, weight_hash
+from soda.basis_cache import BasisCache
 from soda.basis_folder import SUFFIX, BasisFolder
 from soda.decomposition import decompose
 
@@ -53,18 +53,6 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         assert file.read_bytes() == good
 
 
-def test_an_outline_may_be_good_where_the_vectors_are_not(tmp_path):
-    weights = some_weights(1)
-    first = filled(BasisCache(folder=tmp_path), weights)
-    (file,) = tmp_path.glob(f"*{SUFFIX}")
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    key = weight_hash(weights["layer0"]), "lq"
-    cache = BasisCache(folder=tmp_path)
-    assert same(dict(cache.bases(weights, "lq", outlines=True))["layer0"], first["layer0"].outline())
-    assert cache.get(key, torch.Size((6, 9))) is None
-    assert filled(cache, weights) and same(cache.get(key, torch.Size((6, 9))), first["layer0"])
-
-
 def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, monkeypatch):
     filled(BasisCache(folder=tmp_path), some_weights(1))
     (file,) = tmp_path.glob(f"*{SUFFIX}")
@@ -76,17 +64,26 @@ def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, mo
     assert read() is None
 
 
-def test_memory_that_runs_out_while_a_file_is_read_is_said(tmp_path, monkeypatch):
+def test_a_basis_is_its_file_mapped_and_outlives_it(tmp_path):
+    """What is written to its tensors stays in memory, and no file is held open."""
     weights = some_weights(1)
-    filled(BasisCache(folder=tmp_path), weights)
+    first = filled(BasisCache(folder=tmp_path), weights)["layer0"]
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    good, get = file.read_bytes(), partial(BasisFolder(tmp_path, 1 << 20).get, (file.name.split(".")[0], "lq"), (6, 9))
+    basis = get()
+    basis.right.zero_()
+    assert file.read_bytes() == good and same(get(), first) and not basis.right.any()
+    basis = get()
+    file.unlink()
+    assert same(basis, first) and get() is None
 
-    def full(*_, **__):
-        raise RuntimeError("not enough memory")
 
-    folder, key = BasisFolder(tmp_path, 1 << 20), (weight_hash(weights["layer0"]), "lq")
-    monkeypatch.setattr(basis_folder.torch, "empty", full)
-    with pytest.raises(RuntimeError, match="not enough memory"):
-        folder.get(key, torch.Size((6, 9)))
+@pytest.mark.parametrize("decomposition", ["lq", "qr", "svd"])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5, 5), (1, 9)])
+def test_numbers_of_any_size_are_aligned(tmp_path, decomposition, shape):
+    weights = some_weights(1, shape)
+    first = filled(BasisCache(folder=tmp_path), weights, decomposition)
+    assert same(filled(BasisCache(folder=tmp_path), weights, decomposition)["layer0"], first["layer0"])
 
 
 def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
@@ -95,7 +92,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
     folder = BasisFolder(tmp_path, 1)
     folder.put(("layer0", "lq"), bases["layer0"])
     assert not any(tmp_path.iterdir())
-    one = 2 * basis_folder.CHECKSUM + bases["layer0"].nbytes
+    one = basis_folder.CHECKSUM + bases["layer0"].nbytes
     folder = BasisFolder(tmp_path, 10 * one)
     for age, name in enumerate(weights):
         folder.put((name, "lq"), bases[name])
@@ -110,7 +107,7 @@ def test_the_folder_is_bounded_and_the_longest_unused_go_first(tmp_path):
 
 def test_two_writers_together_keep_the_bound(tmp_path):
     basis = decompose(some_weights(1)["layer0"], "lq").kept()
-    one = 2 * basis_folder.CHECKSUM + basis.nbytes
+    one = basis_folder.CHECKSUM + basis.nbytes
     writers = [BasisFolder(tmp_path, 20 * one) for _ in range(2)]
     for i in range(60):
         writers[i % 2].put((f"layer{i}", "lq"), basis)

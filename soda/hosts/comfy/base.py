@@ -21,7 +21,8 @@ from comfy.utils import get_attr
 
 from ...adapter import Decomposition, split_rows
 from ...bases import Some
-from ...basis_cache import BasisCache, Wanted, samples
+from ...basis_cache import BasisCache, Wanted
+from ...content import samples
 from ...decomposition import Basis, kept_bytes
 from .quantised import dequantised_gguf, is_gguf, stored_parts, with_parts
 from .settings import basis_bounds
@@ -166,7 +167,7 @@ class ModelBases:
     ):
         self._cache = bounded_cache()
         self._device = patcher.load_device
-        self._outlines: dict[Place, Basis] = {}
+        self._found: dict[Place, Basis] = {}
         wanted = set(wanted)
         self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
         self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
@@ -198,15 +199,15 @@ class ModelBases:
         """Of the weight as it is stored."""
         return _stored(self.weights.layers[layer], split_name(layer)[0])[0].dtype
 
-    def outlines(self, places: Collection[Place]) -> dict[Place, Basis]:
-        """At least the outlines of some of them."""
-        missing = [place for place in places if place not in self._outlines]
-        for place, basis in self.each(missing, outlines=self.kept):
-            self._outlines[place] = basis if self.kept else basis.outline()
-        return {place: self._outlines[place] for place in places}
+    def found(self, places: Collection[Place]) -> dict[Place, Basis]:
+        """Some of them; only their outlines where they are not kept."""
+        missing = [place for place in places if place not in self._found]
+        for place, basis in self.each(missing):
+            self._found[place] = basis if self.kept else basis.outline()
+        return {place: self._found[place] for place in places}
 
-    def each(self, places: Collection[Place], outlines: bool = False) -> Iterator[tuple[Place, Basis]]:
-        """((layer, decomposition), basis) of some of them, from the cache or computed now; `outlines` as there."""
+    def each(self, places: Collection[Place]) -> Iterator[tuple[Place, Basis]]:
+        """((layer, decomposition), basis) of some of them, from the cache or computed now."""
         for decomposition in sorted({kind for _, kind in places}):
             weights = Some(self.weights, (layer for layer, kind in sorted(places) if kind == decomposition))
             found = self._cache.bases(
@@ -216,7 +217,6 @@ class ModelBases:
                 shapes=self._shapes,
                 device=self._device,
                 progress=_stop_if_cancelled,
-                outlines=outlines,
             )
             for layer, basis in found:
                 yield (layer, decomposition), basis

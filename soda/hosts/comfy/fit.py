@@ -99,9 +99,9 @@ def spectrum_errors(parts: Parts, bases: ModelBases) -> list[float | None]:
         for key, (_, layers) in zip(keys, parts, strict=True)
         if key not in _ERRORS
     }
-    outlines = bases.outlines({place for terms in unknown.values() for place, _ in terms})
+    found = bases.found({place for terms in unknown.values() for place, _ in terms})
     for key, terms in unknown.items():
-        _ERRORS[key] = spectrum_error((term, outlines[place]) for place, term in terms)
+        _ERRORS[key] = spectrum_error((term, found[place]) for place, term in terms)
     return [_ERRORS[key] for key in keys]
 
 

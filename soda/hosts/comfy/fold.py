@@ -19,7 +19,6 @@ through fp32.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +36,7 @@ from ...decomposition import Basis, add_spectral_change
 from ...precision import CPU
 from ...rotation import Rotations, rotations
 from .base import CACHE, ModelBases, Place
-from .pinned import on_device
+from .pinned import on_device, vectors_on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
@@ -81,7 +80,7 @@ class Fold:
         needed = {
             (name, term.decomposition) for name, terms in mix.layers.items() for term in terms if _has_spectrum(term)
         }
-        found = bases.outlines(needed) if bases.kept else {}
+        found = bases.found(needed) if bases.kept else {}
         live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
         unsure = frozenset(name for name, _ in needed if bases.dtype(name) == torch.float32)
         return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed}, unsure)
@@ -110,13 +109,13 @@ class Fold:
         if kept is not None:
             if name in self._heavy:
                 self._leave_to_disk(name)
-            return kept._replace(data=on_device(kept.data, weight.device, pinned=True))
+            return kept._replace(data=on_device(kept.data, weight.device))
         deltas = [
             term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
             for term in self.mix.layers[name]
         ]
         total = torch.zeros(weight.shape, device=weight.device)
-        for spectrum in self._spectra(name, deltas, weight, keep=False, pinned=False):
+        for spectrum in self._spectra(name, deltas, weight, keep=False):
             add_spectral_change(total, *spectrum)
         change = Compressed.of(total)
         if again:
@@ -148,16 +147,9 @@ class Fold:
         if place not in self._ready:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
-            self._read_ahead()
             self._ready[place] = _prepare(self.mix.layers, strength, device, dtype)
         self._use()
         return self._ready[place]
-
-    def _read_ahead(self) -> None:
-        """Vectors on disk come while ComfyUI moves weights, which it does from the largest on."""
-        outlined = [place for place, basis in self.bases.items() if not basis.whole and place[0] not in self._changes]
-        outlined.sort(key=lambda place: (math.prod(self.wanted[place][1]), place[0]), reverse=True)
-        CACHE.read_ahead(self.wanted[place] for place in outlined)
 
     def _use(self) -> None:
         """Be the last one used, and let go of what is ready in the one that was not used for longest."""
@@ -168,11 +160,8 @@ class Fold:
             fold._ready.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
-    def _spectra(
-        self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool, pinned: bool | None = None
-    ) -> list[Spectrum]:
-        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`.
-        `pinned`: see `on_device`."""
+    def _spectra(self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool) -> list[Spectrum]:
+        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`."""
         found = []
         for term, delta in zip(self.mix.layers[name], deltas, strict=True):
             if delta is None:
@@ -186,10 +175,7 @@ class Fold:
                     self.bases[place] = basis
             if not basis.live.all():
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
-            left, right = (
-                side if side is None else on_device(side, weight.device, pinned) for side in (basis.left, basis.right)
-            )
-            found.append(Spectrum(left, right, delta))
+            found.append(Spectrum(*vectors_on_device(basis, weight.device), delta))
         return found
 
     def _remade(self, place: Place, weight: Tensor, outlined: bool) -> Basis:

@@ -1,9 +1,11 @@
 """Large tensors in main memory on their way to the device that computes with them.
 
-ComfyUI pins the weights that it leaves in main memory; bases are as large. From memory that is not pinned they would
-take several times as long, and the host would wait for them. Pinning takes about as long as one such copy: worth it for
-what is sent again, at another strength or in the next forward. Only for devices that ComfyUI pins for, and as far as
-its own bound allows.
+From memory that is not pinned the driver sends with one thread, for which the host waits. ComfyUI pins the weights that
+it leaves in main memory; here is pinned, as far as ComfyUI's own bound allows, what is sent in every forward, and what
+is sent for the second time, at another strength: that takes as long as to send it a few times. What is mapped would be
+copied by it, several times slower, so that a thread behind the job brings it into memory of its own before.
+
+All else goes through a little memory that stays pinned, filled by all threads.
 
 They come when they are needed: sent ahead, while ComfyUI copies the next weight from memory that is not pinned, they
 hold that copy up, and a change of strength takes 0.1 s longer for SDXL.
@@ -11,23 +13,109 @@ hold that copy up, and a change of strength takes 0.1 s longer for SDXL.
 
 from __future__ import annotations
 
+import threading
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import cycle
 
+import numpy as np
 import torch
+from comfy import model_management
 from comfy.model_management import cast_to_device, is_device_cpu, is_device_cuda, pin_memory, unpin_memory
 from torch import Tensor
 
-TIMES = "_soda_times"  # that it was sent: 0, 1, or more, after which pinning was tried
+from ...decomposition import Basis
+
+WAY = "_soda_way"
 SMALL = 1 << 16  # bytes; pinning is by whole pages, which small tensors share
+SLOTS, SLOT = 4, 8 << 20  # bytes
+_behind = ThreadPoolExecutor(1)
 
 
-def on_device(held: Tensor, device: torch.device, pinned: bool | None = None) -> Tensor:
-    """The tensor on a device, in its dtype. `pinned` where it lies until nobody holds it: now, not for this one, or
-    (None) when it is sent for the second time."""
-    times = getattr(held, TIMES, 0)
-    if pinned is not False and times < 2 and is_device_cpu(held.device) and is_device_cuda(device):
-        now = pinned or times == 1
-        if now and held.nbytes > SMALL and pin_memory(held):
-            weakref.finalize(held, unpin_memory, held.detach()).atexit = False
-        setattr(held, TIMES, 2 if now else 1)  # what cannot be pinned now is not tried again: ComfyUI warns each time
-    return cast_to_device(held, device, held.dtype)
+def on_device(held: Tensor, device: torch.device) -> Tensor:
+    """A contiguous tensor that is sent in every forward on a device, in its dtype; pinned where it lies."""
+    return _sent(held, held, device, often=True)
+
+
+def vectors_on_device(basis: Basis, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Left and right of a kept basis on a device, sent as one: they lie one after the other."""
+    sides = [side for side in (basis.left, basis.right) if side is not None]
+    first, sizes = sides[0], [side.numel() for side in sides]
+    assert sides[-1].storage_offset() == first.storage_offset() + sum(sizes[:-1]), "not a kept basis"
+    sent = _sent(first, first.as_strided((sum(sizes),), (1,)), device, mapped=basis.mapped).split(sizes)
+    parts = [part.view_as(side) for part, side in zip(sent, sides, strict=True)]
+    return None if basis.left is None else parts[0], None if basis.right is None else parts[-1]
+
+
+def _sent(holder: Tensor, held: Tensor, device: torch.device, often: bool = False, mapped: bool = False) -> Tensor:
+    """What is `held` as long as `holder` is."""
+    if not (is_device_cpu(held.device) and is_device_cuda(device)) or held.nbytes <= SMALL:
+        return cast_to_device(held, device, held.dtype)
+    if not hasattr(holder, WAY):
+        setattr(holder, WAY, _Way(held, often, mapped))
+    return getattr(holder, WAY).send(device)
+
+
+class _Way:
+    """Where a tensor is sent from."""
+
+    def __init__(self, held: Tensor, often: bool, mapped: bool):
+        self.held, self.mapped = held.detach(), mapped
+        self.times = 1 if often else 0
+        self.pinned = False
+        self.coming: Future[Tensor] | None = None
+
+    def send(self, device: torch.device) -> Tensor:
+        self.times += 1
+        if self.times == 2 and self.mapped:
+            self.coming = _behind.submit(_copy, self.held)
+        elif self.times == 2 or (self.coming is not None and self.coming.done()):
+            self._pin()
+        if self.pinned or model_management.MAX_PINNED_MEMORY <= 0:
+            return cast_to_device(self.held, device, self.held.dtype)
+        return _ring(device).send(self.held)
+
+    def _pin(self) -> None:
+        """Once: ComfyUI warns each time."""
+        if self.coming is not None:
+            done, self.coming = self.coming, None
+            if done.exception() is not None:  # no memory left
+                return
+            self.held = done.result()
+        self.pinned = pin_memory(self.held)
+        if self.pinned:
+            weakref.finalize(self, unpin_memory, self.held).atexit = False
+
+
+def _copy(held: Tensor) -> Tensor:
+    """By one thread, which lets others run."""
+    copy = torch.empty_like(held)
+    np.copyto(copy.view(torch.uint8).numpy(), held.view(torch.uint8).numpy())
+    return copy
+
+
+class _Ring:
+    """Pinned memory that is sent while more of it is filled."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        with torch.inference_mode(False):
+            slots = torch.empty(SLOTS, SLOT, dtype=torch.uint8, pin_memory=True)
+        self.slots = cycle([(slot, torch.cuda.Event()) for slot in slots])
+        self.lock = threading.Lock()
+
+    def send(self, held: Tensor) -> Tensor:
+        """A copy on the device, in the order of its current stream."""
+        sent = torch.empty_like(held, device=self.device)
+        numbers, there = (tensor.view(-1).view(torch.uint8) for tensor in (held, sent))
+        with self.lock, torch.cuda.device(self.device):
+            for some, place in zip(numbers.split(SLOT), there.split(SLOT), strict=True):
+                slot, free = next(self.slots)
+                free.synchronize()
+                place.copy_(slot[: len(some)].copy_(some), non_blocking=True)
+                free.record()
+        return sent
+
+
+_ring = lru_cache(maxsize=8)(_Ring)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from ...adapt import adapt
 from ...adapter import Decomposition, Layer, split_rows
 from ...bases import decompose_all, to_keep
-from ...basis_cache import samples, weight_hash
+from ...content import samples, weight_hash
 from ...decomposition import KEPT_DTYPE, Basis, Key
 from ...errors import SodaMixError
 from ...file import NAME, read_layer
@@ -40,7 +40,7 @@ from ...fit import REFUSED_ERROR, SILENT_ERROR, rotation_only, spectrum_error
 from ...kronecker import compact, expm_factors, rotate_compact
 from ...precision import CPU
 from .base import CACHE, bounded_cache, matrix_shape
-from .pinned import on_device
+from .pinned import vectors_on_device
 
 log = logging.getLogger(__name__)
 REMEDY = "SODA Loader applies all of it"
@@ -227,8 +227,9 @@ class _File:
                 _keep((key, weight.shape), cached, computed, to_disk=not again and error < SILENT_ERROR)
             basis = computed
             met.bases[seen] = basis if again and not kept and not _merging(weight, dtype) else None
-        near = {name: on_device(tensor, weight.device) for name, tensor in basis.tensors().items()}
-        return layer, {layer.decomposition: Basis.of(layer.decomposition, near)}
+        left, right = vectors_on_device(basis, weight.device)
+        near = replace(basis, left=left, right=right, live=basis.live.to(weight.device))
+        return layer, {layer.decomposition: near}
 
     def tell(self, where: str) -> None:
         if not self.told:
