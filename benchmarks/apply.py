@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -143,29 +144,34 @@ def low_vram_step(case: Case, patched: Any) -> float:
 
 def in_turn(case: Case, what: str, rounds: int) -> None:
     """`strength`, `disk` or `step` of all sides in one process in turn: they hang on the host's memory, which differs
-    from minute to minute. For `disk` core reads its file too."""
+    from minute to minute, and on what the side before left there, hence the order is another in each round. For `disk`
+    core reads its file too."""
     sides: dict[str, Any] = {t: (Core if k == "lora" else Soda)(case.files(k, 1)) for t, k in SIDES.items()}
     times: dict[str, list[float]] = {title: [] for title in sides}
     model = case.patcher()
     if what == "strength":
         for i in range(WARM_UP + rounds):
-            for title, side in sides.items():
+            for title, side in shuffled(sides, i):
                 times[title].append(put(case, side, model, [0.5 + 0.1 * i]))
     elif what == "disk":
         for side in sides.values():
             fresh(case, side, [1.0])
         sides["SODA lq"].cache.flush()
-        for _ in range(rounds):
-            for title, side in sides.items():
+        for i in range(rounds):
+            for title, side in shuffled(sides, i):
                 side.forget("memory")
                 times[title].append(fresh(case, side, [1.0])[0])
     else:
         patched = {"unpatched": model.clone(), **{title: side.apply(model, [1.0]) for title, side in sides.items()}}
         times = {title: [] for title in patched}
-        for _ in range(rounds):
-            for title, one in patched.items():
+        for i in range(rounds):
+            for title, one in shuffled(patched, i):
                 times[title].append(low_vram_step(case, one))
     print_ratios(what, {title: measured[-rounds:] for title, measured in times.items()})
+
+
+def shuffled(sides: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
+    return random.Random(seed).sample(list(sides.items()), len(sides))
 
 
 def print_ratios(what: str, times: dict[str, list[float]]) -> None:
