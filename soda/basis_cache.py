@@ -157,13 +157,12 @@ class BasisCache:
         if self._folder is not None:
             self._folder.flush()
 
-    def leave_to_disk(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
-        """Let go of a basis in memory; its outline, or None, and nothing done, where the folder has none."""
-        stored = None if self._folder is None else self._folder.get(key, shape)
-        if stored is None:
-            return None
-        self.forget(key)
-        return stored.outline()
+    def leave_to_disk(self, key: Key, shape: tuple[int, ...]) -> bool:
+        """Let go of a basis in memory, if the folder has it; whether that is so."""
+        left = self._folder is not None and self._folder.holds(key, shape)
+        if left:
+            self.forget(key)
+        return left
 
     def forget(self, key: Key) -> None:
         """Let go of a basis in memory."""

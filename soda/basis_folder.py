@@ -74,6 +74,13 @@ class BasisFolder:
             return None
         return basis
 
+    def holds(self, key: Key, shape: tuple[int, ...]) -> bool:
+        """Whether there is such a file, whatever is in it."""
+        try:
+            return self._file(key).stat().st_size == CHECKSUM + kept_bytes(shape, key[1])
+        except OSError:
+            return False
+
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
         size = CHECKSUM + basis.nbytes

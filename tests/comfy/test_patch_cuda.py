@@ -74,15 +74,16 @@ def test_vectors_arrive_whole_wherever_they_are_sent_from(tmp_path, monkeypatch,
         folder = BasisFolder(tmp_path, 1 << 30)
         folder.put(("a weight", decomposition), made)
         basis = folder.get(("a weight", decomposition), weight.shape)
+    assert torch.equal(vectors_on_device(basis, DEVICE, again=False)[1].cpu(), made.right)
     sources = []
     for _ in range(4):
-        sent = vectors_on_device(basis, DEVICE)
+        sent = vectors_on_device(basis, DEVICE, again=True)
         for there, held in zip(sent, (made.left, made.right), strict=True):
             assert (there is held is None) or torch.equal(there.cpu(), held)
         pinned._behind.submit(int).result()
-        way = getattr(basis.right if basis.left is None else basis.left, pinned.WAY)
-        sources.append((way.pinned, way.held.is_pinned()))
+        source = getattr(basis.right if basis.left is None else basis.left, pinned.SOURCE)
+        sources.append((source.pinned, source.held.is_pinned()))
     assert sources == [(False, False)] * (1 + mapped) + [(True, True)] * (3 - mapped)
     before = comfy.model_management.TOTAL_PINNED_MEMORY
-    del basis, made, way, sent, held
+    del basis, made, source, sent, held
     assert before > comfy.model_management.TOTAL_PINNED_MEMORY

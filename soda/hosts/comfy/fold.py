@@ -115,7 +115,7 @@ class Fold:
             for term in self.mix.layers[name]
         ]
         total = torch.zeros(weight.shape, device=weight.device)
-        for spectrum in self._spectra(name, deltas, weight, keep=False):
+        for spectrum in self._spectra(name, deltas, weight, keep=False, again=False):
             add_spectral_change(total, *spectrum)
         change = Compressed.of(total)
         if again:
@@ -133,9 +133,8 @@ class Fold:
     def _leave_to_disk(self, name: str) -> None:
         """Let go of the vectors of one layer as soon as they are there: a while after decomposing, or never."""
         for place, basis in self._bases_of(name):
-            outline = CACHE.leave_to_disk(*self.wanted[place]) if basis.whole else basis
-            if outline is not None:
-                self.bases[place] = outline
+            if not basis.whole or CACHE.leave_to_disk(*self.wanted[place]):
+                self.bases[place] = basis.outline()
             elif self._heavy[name] > 1:
                 self._heavy[name] -= 1
                 return
@@ -160,8 +159,11 @@ class Fold:
             fold._ready.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
-    def _spectra(self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool) -> list[Spectrum]:
-        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`."""
+    def _spectra(
+        self, name: str, deltas: Sequence[Tensor | None], weight: Tensor, keep: bool, again: bool = True
+    ) -> list[Spectrum]:
+        """The spectra of one layer; without a basis at hand by that of `weight` (out, in) itself, perhaps to `keep`.
+        `again`: see `vectors_on_device`."""
         found = []
         for term, delta in zip(self.mix.layers[name], deltas, strict=True):
             if delta is None:
@@ -175,7 +177,7 @@ class Fold:
                     self.bases[place] = basis
             if not basis.live.all():
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
-            found.append(Spectrum(*vectors_on_device(basis, weight.device), delta))
+            found.append(Spectrum(*vectors_on_device(basis, weight.device, again), delta))
         return found
 
     def _remade(self, place: Place, weight: Tensor, outlined: bool) -> Basis:

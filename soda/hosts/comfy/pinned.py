@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...decomposition import Basis
 
-WAY = "_soda_way"
+SOURCE = "_soda_source"
 SMALL = 1 << 16  # bytes; pinning is by whole pages, which small tensors share
 SLOTS, SLOT = 4, 8 << 20  # bytes
 _behind = ThreadPoolExecutor(1)
@@ -35,46 +35,57 @@ _behind = ThreadPoolExecutor(1)
 
 def on_device(held: Tensor, device: torch.device) -> Tensor:
     """A contiguous tensor that is sent in every forward on a device, in its dtype; pinned where it lies."""
-    return _sent(held, held, device, often=True)
+    return _sent_again(held, held, device, times=1)
 
 
-def vectors_on_device(basis: Basis, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Left and right of a kept basis on a device, sent as one: they lie one after the other."""
+def vectors_on_device(basis: Basis, device: torch.device, again: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Left and right of a kept basis on a device, sent as one: they lie one after the other. `again`: they may be sent
+    many times more."""
     sides = [side for side in (basis.left, basis.right) if side is not None]
     first, sizes = sides[0], [side.numel() for side in sides]
     assert sides[-1].storage_offset() == first.storage_offset() + sum(sizes[:-1]), "not a kept basis"
-    sent = _sent(first, first.as_strided((sum(sizes),), (1,)), device, mapped=basis.mapped).split(sizes)
-    parts = [part.view_as(side) for part, side in zip(sent, sides, strict=True)]
+    both = first.as_strided((sum(sizes),), (1,))
+    sent = _sent_again(first, both, device, mapped=basis.mapped) if again else _sent(both, device)
+    parts = [part.view_as(side) for part, side in zip(sent.split(sizes), sides, strict=True)]
     return None if basis.left is None else parts[0], None if basis.right is None else parts[-1]
 
 
-def _sent(holder: Tensor, held: Tensor, device: torch.device, often: bool = False, mapped: bool = False) -> Tensor:
-    """What is `held` as long as `holder` is."""
-    if not (is_device_cpu(held.device) and is_device_cuda(device)) or held.nbytes <= SMALL:
+def _sent_again(holder: Tensor, held: Tensor, device: torch.device, times: int = 0, mapped: bool = False) -> Tensor:
+    """Of a `held` that is there as long as `holder` is; `times`: as if it had been sent so often before."""
+    if not _far(held, device):
+        return _sent(held, device)
+    if not hasattr(holder, SOURCE):
+        setattr(holder, SOURCE, _Source(held, times, mapped))
+    return getattr(holder, SOURCE).sent(device)
+
+
+def _sent(held: Tensor, device: torch.device, pinned: bool = False) -> Tensor:
+    if pinned or not _far(held, device):
         return cast_to_device(held, device, held.dtype)
-    if not hasattr(holder, WAY):
-        setattr(holder, WAY, _Way(held, often, mapped))
-    return getattr(holder, WAY).send(device)
+    return _ring(device).sent(held)
 
 
-class _Way:
+def _far(held: Tensor, device: torch.device) -> bool:
+    """Whether it matters from what memory it is sent, and some may be pinned."""
+    large = held.nbytes > SMALL and model_management.MAX_PINNED_MEMORY > 0
+    return large and is_device_cpu(held.device) and is_device_cuda(device)
+
+
+class _Source:
     """Where a tensor is sent from."""
 
-    def __init__(self, held: Tensor, often: bool, mapped: bool):
-        self.held, self.mapped = held.detach(), mapped
-        self.times = 1 if often else 0
+    def __init__(self, held: Tensor, times: int, mapped: bool):
+        self.held, self.times, self.mapped = held.detach(), times, mapped
         self.pinned = False
         self.coming: Future[Tensor] | None = None
 
-    def send(self, device: torch.device) -> Tensor:
+    def sent(self, device: torch.device) -> Tensor:
         self.times += 1
         if self.times == 2 and self.mapped:
             self.coming = _behind.submit(_copy, self.held)
         elif self.times == 2 or (self.coming is not None and self.coming.done()):
             self._pin()
-        if self.pinned or model_management.MAX_PINNED_MEMORY <= 0:
-            return cast_to_device(self.held, device, self.held.dtype)
-        return _ring(device).send(self.held)
+        return _sent(self.held, device, self.pinned)
 
     def _pin(self) -> None:
         """Once: ComfyUI warns each time."""
@@ -105,17 +116,17 @@ class _Ring:
         self.slots = cycle([(slot, torch.cuda.Event()) for slot in slots])
         self.lock = threading.Lock()
 
-    def send(self, held: Tensor) -> Tensor:
+    def sent(self, held: Tensor) -> Tensor:
         """A copy on the device, in the order of its current stream."""
-        sent = torch.empty_like(held, device=self.device)
-        numbers, there = (tensor.view(-1).view(torch.uint8) for tensor in (held, sent))
+        copy = torch.empty_like(held, device=self.device)
+        numbers, there = (tensor.view(-1).view(torch.uint8) for tensor in (held, copy))
         with self.lock, torch.cuda.device(self.device):
             for some, place in zip(numbers.split(SLOT), there.split(SLOT), strict=True):
                 slot, free = next(self.slots)
                 free.synchronize()
                 place.copy_(slot[: len(some)].copy_(some), non_blocking=True)
                 free.record()
-        return sent
+        return copy
 
 
 _ring = lru_cache(maxsize=8)(_Ring)

@@ -227,7 +227,7 @@ class _File:
                 _keep((key, weight.shape), cached, computed, to_disk=not again and error < SILENT_ERROR)
             basis = computed
             met.bases[seen] = basis if again and not kept and not _merging(weight, dtype) else None
-        left, right = vectors_on_device(basis, weight.device)
+        left, right = vectors_on_device(basis, weight.device, again=True)
         near = replace(basis, left=left, right=right, live=basis.live.to(weight.device))
         return layer, {layer.decomposition: near}
 
