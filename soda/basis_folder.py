@@ -25,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,32 +166,39 @@ def _read(file: Path, key: Key, shape: tuple[int, ...]) -> Basis:
         stored = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     except RuntimeError as error:
         raise OSError(f"{file} cannot be mapped") from error
-    if stored[:CHECKSUM].numpy().tobytes() != _checksum(key, stored[CHECKSUM:]):
+    data = stored[CHECKSUM:]
+    if stored[:CHECKSUM].numpy().tobytes() != _checksum(key, data, int(_words(data).sum())):
         raise OSError(f"{file} was changed")
-    pieces = stored[CHECKSUM:].split([math.prod(part) * dtype.itemsize for part, dtype in form.values()])
+    pieces = data.split([math.prod(part) * dtype.itemsize for part, dtype in form.values()])
     tensors = {name: piece.view(form[name][1]).view(form[name][0]) for name, piece in zip(form, pieces, strict=True)}
     return replace(Basis.of(key[1], tensors), mapped=True)
 
 
 def _write(file: Path, key: Key, basis: Basis) -> None:
-    """Without fsync: after a power cut the checksum tells."""
-    data = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in basis.tensors().values()])
+    """By the thread that calls, while others run. Without fsync: after a power cut the checksum tells."""
+    numbers = np.concatenate([tensor.reshape(-1).view(torch.uint8).numpy() for tensor in basis.tensors().values()])
+    data = torch.from_numpy(numbers)
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=f"{SUFFIX}.part")
     try:
         with os.fdopen(handle, "wb") as stored:
-            stored.write(_checksum(key, data))
-            stored.write(data.numpy().data)
+            stored.write(_checksum(key, data, int(_words(data).numpy().sum())))
+            stored.write(numbers.data)
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        raise
+        if not (isinstance(error, PermissionError) and file.exists()):  # Windows keeps a file that another process uses
+            raise
 
 
-def _checksum(key: Key, data: Tensor) -> bytes:
-    """The sum modulo 2^64 of 64-bit words, the last bytes alone, and a number of the key's own, so that a file of zeros
-    is none. Any bit flipped and any page lost changes it. A pass at memory speed, by all threads."""
-    words, rest = data[: len(data) // 8 * 8].view(torch.int64), data[len(data) // 8 * 8 :]
-    total = int(words.sum()) + int(rest.sum())
+def _words(data: Tensor) -> Tensor:
+    """As integers of 64 bits, without the last bytes if they make none."""
+    return data[: len(data) // 8 * 8].view(torch.int64)
+
+
+def _checksum(key: Key, data: Tensor, total: int) -> bytes:
+    """The sum modulo 2^64 of `_words`, which is `total`, of the last bytes alone, and of a number of the key's own, so
+    that a file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
+    total += int(data[len(data) // 8 * 8 :].sum())
     total += int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
     return (total % (1 << 8 * CHECKSUM)).to_bytes(CHECKSUM, "little")

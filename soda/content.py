@@ -8,7 +8,7 @@ hashing: Carter and Wegman 1979; modulo a power of two: Dietzfelbinger 1996). Th
 whoever wants two weights to look alike can make them so. Files name their base by `fingerprint.tensor_hash`, which
 nobody can forge.
 
-The sums are a pass at memory speed wherever the weight lies, and a 512th of it is all that leaves a device.
+The sums are a pass at memory speed where the weight lies, and a 512th of it is all that leaves a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .fingerprint import random_words
 from .precision import CPU
 
 PIECE = 1024  # words
-AT_ONCE = 1 << 22  # words on a device, where their products take 8 bytes each
+AT_ONCE = 1 << 22  # words on a GPU, where their products take 8 bytes each
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -67,10 +67,10 @@ def _sums(weight: Tensor) -> Tensor:
 
 def _piece_sums(pieces: Tensor) -> Tensor:
     """Of w `(n, 1024)`."""
-    factors = _factors(pieces.device)
-    if pieces.device == CPU:  # at once, by the thread that calls, while others run
-        return torch.from_numpy(np.einsum("ij,j->i", pieces.numpy(), factors.numpy()))
-    return torch.cat([(some * factors).sum(-1) for some in pieces.split(AT_ONCE // PIECE)])
+    if pieces.is_cuda:
+        factors = _factors(pieces.device)
+        return torch.cat([(some * factors).sum(-1) for some in pieces.split(AT_ONCE // PIECE)])
+    return torch.from_numpy(np.einsum("ij,j->i", pieces.to(CPU).numpy(), _factors(CPU).numpy()))  # others run meanwhile
 
 
 @lru_cache(maxsize=8)

@@ -53,6 +53,24 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         assert file.read_bytes() == good
 
 
+def test_a_file_that_another_process_uses_may_stay(tmp_path, monkeypatch, caplog):
+    """As on Windows, where it cannot be replaced then."""
+    filled(BasisCache(folder=tmp_path), some_weights(1))
+    (file,) = tmp_path.glob(f"*{SUFFIX}")
+    key, good, folder = (file.name.split(".")[0], "lq"), file.read_bytes(), BasisFolder(tmp_path, 1 << 20)
+    basis, replaced = folder.get(key, (6, 9)), os.replace
+
+    def in_use(one, other):
+        if other == file:
+            raise PermissionError(13, "in use")
+        replaced(one, other)
+
+    monkeypatch.setattr(os, "replace", in_use)
+    folder.put(key, basis)
+    folder.put(("another", "lq"), basis)
+    assert not caplog.records and file.read_bytes() == good and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_file_that_vanishes_while_it_is_opened_is_as_good_as_none(tmp_path, monkeypatch):
     filled(BasisCache(folder=tmp_path), some_weights(1))
     (file,) = tmp_path.glob(f"*{SUFFIX}")
