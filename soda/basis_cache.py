@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .adapter import Decomposition
 from .bases import WORKING_SET, Progress, Some, decompose_batches, stream_after, to_keep
-from .basis_folder import BasisFolder
+from .basis_folder import BasisFolder, Wanted
 from .content import samples, weight_hashes
 from .decomposition import Basis, Key
 from .precision import CPU
@@ -29,7 +29,6 @@ from .precision import CPU
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.6 GB in svd
 DISK_BYTES = 8 << 30
 THREADS = min(16, os.cpu_count() or 1)  # hashing lets other threads run
-Wanted = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
 
 
 class BasisCache:
@@ -102,9 +101,11 @@ class BasisCache:
                 absent.append(name)
             else:
                 yield name, basis
-        for name in absent:
-            basis = self.get(*wanted[name])
+        if self._folder is None:
+            return
+        for name, basis in zip(absent, self._folder.each(wanted[name] for name in absent), strict=True):
             if basis is not None:
+                self._keep(wanted[name][0], basis)
                 yield name, basis
 
     def hashes(

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +31,11 @@ from torch import Tensor
 
 from .decomposition import Basis, Key, kept_bytes, kept_form
 
+Wanted = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
 SUFFIX = ".basis"
 CHECKSUM = 8  # bytes
 WRITERS = 4
+AHEAD = 16  # files
 ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,22 @@ class BasisFolder:
         self._writable = True
         with contextlib.suppress(OSError):
             self._make_room(0)
+
+    def each(self, wanted: Iterable[Wanted]) -> Iterator[Basis | None]:
+        """`get` of some weights in turn; the system reads the next ones while one is looked through."""
+        coming: deque[Wanted] = deque()
+        for one in wanted:
+            self._expect(one[0])
+            coming.append(one)
+            if len(coming) > AHEAD:
+                yield self.get(*coming.popleft())
+        yield from (self.get(*one) for one in coming)
+
+    def _expect(self, key: Key) -> None:
+        """Have the system read a file: pages that several threads ask for would come one by one."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), open(self._file(key), "rb", buffering=0) as stored:
+                os.posix_fadvise(stored.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """The basis of a weight of this shape, or None."""
@@ -154,7 +172,8 @@ class BasisFolder:
 
 @torch.inference_mode(False)
 def _read(file: Path, key: Key, shape: tuple[int, ...]) -> Basis:
-    """Its tensors are the file's; what is written to them stays in memory.
+    """Its tensors are the file's, or, where that cannot be mapped, of what was read from it; what is written to them
+    stays in memory.
 
     Raises OSError where the file is longer or shorter, or was changed.
     """
@@ -164,8 +183,8 @@ def _read(file: Path, key: Key, shape: tuple[int, ...]) -> Basis:
         raise OSError(f"{file} has not the size of a basis of {tuple(shape)}")
     try:
         stored = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be mapped") from error
+    except RuntimeError:  # a network's, perhaps
+        stored = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
     data = stored[CHECKSUM:]
     if stored[:CHECKSUM].numpy().tobytes() != _checksum(key, data, int(_words(data).sum())):
         raise OSError(f"{file} was changed")

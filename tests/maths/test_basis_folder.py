@@ -53,6 +53,24 @@ def test_a_damaged_file_is_replaced(tmp_path, computed, damage):
         assert file.read_bytes() == good
 
 
+@pytest.mark.parametrize("advised", [True, False])
+def test_many_come_in_the_order_in_which_they_are_wanted(tmp_path, monkeypatch, advised):
+    """Whether or not the system can be told what comes, as it cannot on Windows."""
+    if not advised:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    monkeypatch.setattr(basis_folder, "AHEAD", 3)
+    bases = {name: decompose(w, "lq").kept() for name, w in some_weights(10).items()}
+    folder = BasisFolder(tmp_path, 1 << 20)
+    for name, basis in bases.items():
+        folder.put((name, "lq"), basis)
+    (tmp_path / f"layer7.lq{SUFFIX}").unlink()
+    for count in (0, 2, 10):
+        wanted = [((name, "lq"), (6, 9)) for name in list(bases)[:count]]
+        found = list(folder.each(wanted))
+        assert [basis is not None for basis in found] == [name != "layer7" for (name, _), _ in wanted]
+        assert all(same(basis, bases[key[0]]) for (key, _), basis in zip(wanted, found, strict=True) if basis)
+
+
 def test_a_file_that_another_process_uses_may_stay(tmp_path, monkeypatch, caplog):
     """As on Windows, where it cannot be replaced then."""
     filled(BasisCache(folder=tmp_path), some_weights(1))
@@ -94,6 +112,17 @@ def test_a_basis_is_its_file_mapped_and_outlives_it(tmp_path):
     basis = get()
     file.unlink()
     assert same(basis, first) and get() is None
+
+
+def test_what_cannot_be_mapped_is_read(tmp_path, monkeypatch, computed):
+    first = filled(BasisCache(folder=tmp_path), some_weights())
+
+    def refused(*_, **__):
+        raise RuntimeError("unable to mmap")
+
+    monkeypatch.setattr(torch, "from_file", refused)
+    again = filled(BasisCache(folder=tmp_path), some_weights())
+    assert all(same(again[name], basis) for name, basis in first.items()) and len(computed) == 4
 
 
 @pytest.mark.parametrize("decomposition", ["lq", "qr", "svd"])
