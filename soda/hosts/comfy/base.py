@@ -21,7 +21,8 @@ from comfy.utils import get_attr
 
 from ...adapter import Decomposition, split_rows
 from ...bases import Some
-from ...basis_cache import BasisCache, Wanted
+from ...basis_cache import BasisCache
+from ...basis_folder import Wanted
 from ...content import samples
 from ...decomposition import Basis, kept_bytes
 from .quantised import dequantised_gguf, is_gguf, stored_parts, with_parts

@@ -30,7 +30,7 @@ from torch import Tensor
 from ...adapt import Spectrum, changed
 from ...adapter import Adapter, Layer
 from ...bases import decompose_all, to_keep
-from ...basis_cache import Wanted
+from ...basis_folder import Wanted
 from ...compressed import Compressed
 from ...decomposition import Basis, add_spectral_change
 from ...precision import CPU
