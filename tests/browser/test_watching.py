@@ -75,11 +75,15 @@ def stop_button(page):
 
 
 def wait_for_end(page) -> None:
-    """Until nothing runs or waits: what a test stopped must not run into the next."""
-    page.wait_for_function(
-        """async () => { const queue = await (await app.api.fetchApi('/queue')).json()
-          return queue.queue_running.length + queue.queue_pending.length === 0 }""",
-        timeout=90_000,
+    """Until nothing runs or waits: what a test stopped must not run into the next. Not by `wait_for_function`, which
+    takes the promise of an async function for its answer."""
+    page.evaluate(
+        """async () => {
+          for (const last = Date.now() + 90_000; ; await new Promise((go) => setTimeout(go, 50))) {
+            const queue = await (await app.api.fetchApi('/queue')).json()
+            if (queue.queue_running.length + queue.queue_pending.length === 0) return
+            if (Date.now() > last) throw new Error('the queue has not ended after 90 s')
+          } }"""
     )
 
 
