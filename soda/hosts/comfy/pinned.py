@@ -60,9 +60,8 @@ def _sent_again(holder: Tensor, held: Tensor, device: torch.device, times: int =
 
 
 def _sent(held: Tensor, device: torch.device, pinned: bool = False) -> Tensor:
-    if pinned or not _far(held, device):
-        return cast_to_device(held, device, held.dtype)
-    return _ring(device).sent(held)
+    ring = None if pinned or not _far(held, device) else _ring(device)
+    return cast_to_device(held, device, held.dtype) if ring is None else ring.sent(held)
 
 
 def _far(held: Tensor, device: torch.device) -> bool:
@@ -91,9 +90,10 @@ class _Source:
         """Once: ComfyUI warns each time."""
         if self.coming is not None:
             done, self.coming = self.coming, None
-            if done.exception() is not None:  # no memory left
+            try:
+                self.held = done.result()
+            except (MemoryError, RuntimeError):  # none is left; the mapped file still is
                 return
-            self.held = done.result()
         self.pinned = pin_memory(self.held)
         if self.pinned:
             weakref.finalize(self, unpin_memory, self.held).atexit = False
@@ -129,4 +129,10 @@ class _Ring:
         return copy
 
 
-_ring = lru_cache(maxsize=8)(_Ring)
+@lru_cache(maxsize=8)
+def _ring(device: torch.device) -> _Ring | None:
+    """None where no memory can be pinned."""
+    try:
+        return _Ring(device)
+    except RuntimeError:
+        return None
