@@ -11,7 +11,7 @@ from torch import Tensor
 from .adapter import Decomposition, Layer
 from .decomposition import Basis, add_spectral_change
 from .errors import SodaMixError
-from .rotation import Rotations, rotations
+from .rotation import Logarithms, Rotations
 
 
 class Spectrum(NamedTuple):
@@ -57,7 +57,7 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
         basis = bases[term.decomposition]
         delta = torch.where(basis.live, term.delta.to(basis.live.device), 0.0).to(weight.device, dtype)
         spectra.append(Spectrum(basis.left, basis.right, delta))
-    return changed(weight, spectra, rotations({"": terms}, 1.0, weight.device, dtype)[""])
+    return changed(weight, spectra, Logarithms.of({"": terms}, weight.device).rotations(dtype=dtype)[""])
 
 
 def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations, inplace: bool = False) -> Tensor:

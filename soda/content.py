@@ -83,16 +83,18 @@ def _factors(device: torch.device) -> Tensor:
 def samples(weights: Sequence[Tensor]) -> list[str]:
     """For each a digest of dtype, shape and some thousand spread numbers: tells a changed weight from the same one.
 
-    One look at a device, not one for each.
+    One look at a device, not one for each. In main memory by one thread: those that help wait at work for more.
     """
     alike: dict[tuple, list[int]] = {}
     for index, weight in enumerate(weights):
         alike.setdefault((weight.dtype, weight.device, min(weight.numel(), SAMPLE)), []).append(index)
     digests = [""] * len(weights)
-    for members in alike.values():
-        spread = torch.stack([_spread(weights[index].detach()) for index in members]).to(CPU).numpy()
+    for (_, device, _), members in alike.items():
+        spread = [_spread(weights[index].detach()) for index in members]
+        if device != CPU:
+            spread = list(torch.stack(spread).to(CPU))
         for index, numbers in zip(members, spread, strict=True):
-            digests[index] = hashlib.sha256(_kind(weights[index]) + numbers.tobytes()).hexdigest()
+            digests[index] = hashlib.sha256(_kind(weights[index]) + numbers.numpy().tobytes()).hexdigest()
     return digests
 
 

@@ -32,7 +32,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,11 @@ class Basis:
     def whole(self) -> bool:
         """Whether it is more than an outline."""
         return self.left is not None or self.right is not None
+
+    @cached_property
+    def all_live(self) -> bool:
+        """Whether the whole spectrum is."""
+        return bool(self.live.all())
 
     def outline(self) -> Basis:
         """What says whether a D is right here, without what makes it."""

@@ -60,56 +60,76 @@ class Rotations:
         return self.output.turn(turned.mT).mT if self.output else turned
 
 
-def rotations(
-    layers: Mapping[str, Sequence[Layer]], strength: float, device: torch.device, dtype: torch.dtype = torch.float32
-) -> dict[str, Rotations]:
-    """Of every layer, on `device` in `dtype`. Layers' tensors lie on the CPU."""
-    found: dict[tuple[str, str], Rotation] = {}
-    alike: dict[Form, dict[tuple[str, str], Logs]] = {}
-    for name, terms in layers.items():
-        for side in ("input", "output"):
-            sums = _summed([term for term in terms if term.side == side])
-            if len(sums) > 1:
-                sums = {form: logs for form, logs in sums.items() if any(log.count_nonzero() for log in logs)}
-            if len(sums) == 1:
-                ((form, logs),) = sums.items()
-                alike.setdefault(form, {})[name, side] = logs
-            elif sums:
-                scaled = ((form, tuple(log * strength for log in logs)) for form, logs in sorted(sums.items()))
-                found[name, side] = Rotation(unlike=tuple(scaled))
-    place = device if has_fp64(device) else CPU
-    stacks = {
-        form: [torch.stack(logs).double() for logs in zip(*members.values(), strict=True)]
-        for form, members in alike.items()
-    }
-    factors = _exponentials(stacks, strength, place)
-    for form, members in alike.items():
-        turning = torch.cat(stacks[form], 1).any(1).tolist()
-        parts = [part.to(device, dtype).unbind() for part in compact(factors[form], device)]
-        for where, turns, *of_one in zip(members, turning, *parts, strict=True):
-            if turns:
-                found[where] = Rotation(tuple(of_one))
-    return {
-        name: Rotations(found.get((name, "input"), Rotation()), found.get((name, "output"), Rotation()))
-        for name in layers
-    }
+@dataclass(frozen=True)
+class Logarithms:
+    """Those of many layers, on a device: whatever does not hang on the strength.
 
+    alike: sides of layers by factor sizes, None for one that does not turn. by_size: for each n the A_j of all these
+    forms, one after the other `(B, n (n - 1) / 2)` in fp64, and whose they are. unlike: as in `Rotation`.
+    """
 
-def _exponentials(
-    stacks: Mapping[Form, Sequence[Tensor]], strength: float, place: torch.device
-) -> dict[Form, list[Tensor]]:
-    """The factors of R by form, from stacks of the logarithms of each: one exponential for all matrices of a size."""
-    by_size: dict[int, list[tuple[Form, int]]] = {}
-    for form in stacks:
-        for j, n in enumerate(form):
-            by_size.setdefault(n, []).append((form, j))
-    factors: dict[Form, list[Tensor]] = {form: [torch.empty(0)] * len(form) for form in stacks}
-    for n, where in by_size.items():
-        logs = [stacks[form][j] for form, j in where]
-        (together,) = expm_factors([torch.cat(logs).to(place) * strength], [n])
-        for (form, j), part in zip(where, together.split([len(log) for log in logs]), strict=True):
-            factors[form][j] = part
-    return factors
+    layers: tuple[str, ...]
+    device: torch.device
+    alike: Mapping[Form, Sequence[tuple[str, str] | None]]
+    by_size: Mapping[int, tuple[Sequence[tuple[Form, int]], Tensor]]
+    unlike: Mapping[tuple[str, str], tuple[tuple[Form, Logs], ...]]
+
+    @classmethod
+    def of(cls, layers: Mapping[str, Sequence[Layer]], device: torch.device) -> Logarithms:
+        """From layers whose tensors lie on the CPU."""
+        alike: dict[Form, dict[tuple[str, str], Logs]] = {}
+        unlike: dict[tuple[str, str], tuple[tuple[Form, Logs], ...]] = {}
+        for name, terms in layers.items():
+            for side in ("input", "output"):
+                sums = _summed([term for term in terms if term.side == side])
+                if len(sums) > 1:
+                    sums = {form: logs for form, logs in sums.items() if any(log.count_nonzero() for log in logs)}
+                if len(sums) == 1:
+                    ((form, logs),) = sums.items()
+                    alike.setdefault(form, {})[name, side] = logs
+                elif sums:
+                    unlike[name, side] = tuple(sorted(sums.items()))
+        place = device if has_fp64(device) else CPU
+        turning: dict[Form, list[tuple[str, str] | None]] = {}
+        by_size: dict[int, tuple[list[tuple[Form, int]], list[Tensor]]] = {}
+        for form, members in alike.items():
+            stacks = [torch.stack(logs) for logs in zip(*members.values(), strict=True)]
+            turns = torch.cat(stacks, 1).any(1).tolist()
+            turning[form] = [where if turn else None for where, turn in zip(members, turns, strict=True)]
+            for j, (n, stack) in enumerate(zip(form, stacks, strict=True)):
+                whose, parts = by_size.setdefault(n, ([], []))
+                whose.append((form, j))
+                parts.append(stack.double())
+        together = {n: (whose, torch.cat(parts).to(place)) for n, (whose, parts) in by_size.items()}
+        return cls(tuple(layers), device, turning, together, unlike)
+
+    def rotations(self, strength: float = 1.0, dtype: torch.dtype = torch.float32) -> dict[str, Rotations]:
+        """Of every layer, on the device in `dtype`."""
+        found = {
+            where: Rotation(unlike=tuple((form, tuple(log * strength for log in logs)) for form, logs in sums))
+            for where, sums in self.unlike.items()
+        }
+        factors = self._exponentials(strength)
+        for form, sides in self.alike.items():
+            parts = [part.to(self.device, dtype).unbind() for part in compact(factors[form], self.device)]
+            for where, *of_one in zip(sides, *parts, strict=True):
+                if where is not None:
+                    found[where] = Rotation(tuple(of_one))
+        still = Rotation()
+        return {
+            name: Rotations(found.get((name, "input"), still), found.get((name, "output"), still))
+            for name in self.layers
+        }
+
+    def _exponentials(self, strength: float) -> dict[Form, list[Tensor]]:
+        """The factors of R by form: one exponential for all matrices of a size."""
+        factors: dict[Form, list[Tensor]] = {form: [torch.empty(0)] * len(form) for form in self.alike}
+        for n, (whose, logs) in self.by_size.items():
+            (together,) = expm_factors([logs * strength], [n])
+            parts = together.split([len(self.alike[form]) for form, _ in whose])
+            for (form, j), part in zip(whose, parts, strict=True):
+                factors[form][j] = part
+        return factors
 
 
 def _summed(terms: Sequence[Layer]) -> dict[Form, Logs]:

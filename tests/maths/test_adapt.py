@@ -17,7 +17,7 @@ from soda.errors import SodaMixError
 from soda.kronecker import factor_sizes
 from soda.mixing import mix
 from soda.precision import CPU
-from soda.rotation import rotations
+from soda.rotation import Logarithms
 
 KINDS = ("lq", "svd", "qr", "none")
 TERMS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 4), st.floats(-1.5, 1.5)), min_size=1, max_size=4)
@@ -168,7 +168,7 @@ def test_rotations_at_a_strength(make_layer, strength, sizes):
     layers += [make_layer("qr", (12, 18), form, 7) for form in ((3, 4), (2, 6))[: len(sizes)]]
     still = [replace(layer, delta=None if layer.delta is None else torch.zeros(12)) for layer in layers]
     expected = naive_adapt(w, [plain(layer, strength) for layer in still])
-    found = changed(w, [], rotations({"a": still}, strength, CPU, torch.float64)["a"])
+    found = changed(w, [], Logarithms.of({"a": still}, CPU).rotations(strength, torch.float64)["a"])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 

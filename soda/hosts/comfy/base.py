@@ -50,20 +50,18 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
 
     A quantised weight is returned dequantised. The result may share memory with the model: read only.
     """
-    weight, convert = _stored(patcher, key)
+    weight = _stored(patcher, key)
     if is_gguf(weight):
         return dequantised_gguf(get_attr(patcher.model, key.rsplit(".", 1)[0]), weight)
+    _, _, convert = get_key_weight(patcher.model, key)
     return weight if convert is None else convert(weight, inplace=False)
 
 
-def _stored(patcher: ModelPatcher, key: str) -> tuple[torch.Tensor, Any]:
-    """(the base weight of `key` as it lies in memory, core's function that unpacks it or None)."""
-    weight, _, convert = get_key_weight(patcher.model, key)
-    if key in patcher.backup:
-        weight = patcher.backup[key].weight
+def _stored(patcher: ModelPatcher, key: str) -> Any:
+    """The base weight of `key` as it lies in memory."""
     if key in patcher.hook_backup:
-        weight = patcher.hook_backup[key][0]
-    return weight, convert
+        return patcher.hook_backup[key][0]
+    return patcher.backup[key].weight if key in patcher.backup else get_key_weight(patcher.model, key)[0]
 
 
 def alias(held: torch.Tensor) -> torch.Tensor:
@@ -131,7 +129,7 @@ class UnpatchedWeights(Mapping[str, torch.Tensor]):
     def samples(self) -> dict[str, str]:
         """Layer -> a digest that tells a changed weight from the same one; unpacks none."""
         keys = {layer: (patcher, split_name(layer)[0]) for layer, patcher in self.layers.items()}
-        parts = {place: stored_parts(_stored(*place)[0]) for place in dict.fromkeys(keys.values())}
+        parts = {place: stored_parts(_stored(*place)) for place in dict.fromkeys(keys.values())}
         digests = iter(samples([part for stored in parts.values() for part in stored]))
         found = {place: " ".join(islice(digests, len(stored))) for place, stored in parts.items()}
         return {layer: found[place] for layer, place in keys.items()}
@@ -198,7 +196,7 @@ class ModelBases:
 
     def dtype(self, layer: str) -> torch.dtype:
         """Of the weight as it is stored."""
-        return _stored(self.weights.layers[layer], split_name(layer)[0])[0].dtype
+        return _stored(self.weights.layers[layer], split_name(layer)[0]).dtype
 
     def found(self, places: Collection[Place]) -> dict[Place, Basis]:
         """Some of them; only their outlines where they are not kept."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ...adapter import Decomposition, Layer
 from ...decomposition import Basis, spectral_change
 from ...kronecker import rotate
-from ...rotation import rotations
+from ...rotation import Logarithms
 from .added import Product, added
 from .base import layer_shape, split_name
 from .quantised import is_quantised
@@ -71,7 +71,7 @@ def install(clone: ModelPatcher, layers: Terms, bases: Mapping[tuple[str, Decomp
     spectra = nn.ModuleList()
     turns: dict[str, Turn] = {}
     like = torch.empty(0, device=clone.load_device, dtype=dtype)
-    for name, found in rotations(layers, 1.0, like.device, dtype).items():
+    for name, found in Logarithms.of(layers, like.device).rotations(dtype=dtype).items():
         inputs = [factor.mT for factor in found.input.made(like)]  # x R is a rotation by R^T
         outputs = list(found.output.made(like))
         change = _change(clone, name, layers[name], bases)

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from ...adapter import Adapter, Layer
 from ...errors import SodaMixError
-from ...fingerprint import joint_hash, tensor_hash
+from ...fingerprint import joint_hash
 from ...fit import REFUSED_ERROR, SILENT_ERROR, misfit, rotation_only, spectrum_error
 from .base import ModelBases, part_shape, split_name
 
@@ -117,10 +115,12 @@ def _sketched(layers: Mapping[str, tuple[Layer, ...]]) -> Iterator[tuple[str, La
 
 def _sketched_on(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], bases: ModelBases) -> str:
     """One name for an adapter's spectra and sketches and the weights that they are checked on."""
-    found = list(_sketched(layers))
-    on = joint_hash({name: bases.hashes[name] for name, _ in found})
-    sketched = [term.sketch for _, term in found if term.sketch is not None]
-    return f"{adapter.content_hash} {on} {tensor_hash(torch.cat([torch.zeros(0, 8), *sketched]))}"
+    found = {
+        f"{name} {index}": f"{bases.hashes[name]} {term.sketch.numpy().tobytes().hex()}"
+        for index, (name, term) in enumerate(_sketched(layers))
+        if term.sketch is not None
+    }
+    return f"{adapter.content_hash} {joint_hash(found)}"
 
 
 def fit_to_apply(

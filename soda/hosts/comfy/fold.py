@@ -34,7 +34,7 @@ from ...basis_folder import Wanted
 from ...compressed import Compressed
 from ...decomposition import Basis, add_spectral_change
 from ...precision import CPU
-from ...rotation import Rotations, rotations
+from ...rotation import Logarithms, Rotations
 from .base import CACHE, ModelBases, Place
 from .pinned import on_device, vectors_on_device
 
@@ -51,6 +51,22 @@ class Ready(NamedTuple):
     turns: Rotations
 
 
+class There(NamedTuple):
+    """What serves all strengths on a device: the terms that have a delta (by identity), theirs one after the other."""
+
+    terms: list[int]
+    sizes: list[int]
+    deltas: Tensor
+    logs: Logarithms
+
+    @classmethod
+    def of(cls, layers: Mapping[str, tuple[Layer, ...]], device: torch.device) -> There:
+        changing = [(id(term), term.delta) for terms in layers.values() for term in terms if _has_spectrum(term)]
+        deltas = [delta for _, delta in changing if delta is not None]
+        together = torch.cat([torch.zeros(0), *deltas]).to(device)
+        return cls([t for t, _ in changing], [len(d) for d in deltas], together, Logarithms.of(layers, device))
+
+
 @dataclass(eq=False)
 class Fold:
     """The mix of all SODA adapters on one model, and the bases that are kept for it."""
@@ -60,6 +76,7 @@ class Fold:
     wanted: Mapping[Place, Wanted]  # all bases needed
     unsure: frozenset[str] = frozenset()  # layers of which nothing tells a merge from a forward
     _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
+    _there: dict[torch.device, There] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
     _heavy: dict[str, int] = field(default_factory=dict, init=False)  # layers to leave to the disk, looks that remain
@@ -146,9 +163,22 @@ class Fold:
         if place not in self._ready:
             while len(self._ready) >= STRENGTHS:
                 self._ready.pop(next(iter(self._ready)))
-            self._ready[place] = _prepare(self.mix.layers, strength, device, dtype)
+            self._ready[place] = self._prepared(strength, device, dtype)
         self._use()
         return self._ready[place]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _prepared(self, strength: float, device: torch.device, dtype: torch.dtype) -> dict[str, Ready]:
+        if device not in self._there:
+            self._there[device] = There.of(self.mix.layers, device)
+        there = self._there[device]
+        deltas = dict(zip(there.terms, (there.deltas * strength).split(there.sizes), strict=True))
+        turns = there.logs.rotations(strength, dtype)
+        return {
+            name: Ready(tuple(deltas.get(id(term)) for term in terms), turns[name])
+            for name, terms in self.mix.layers.items()
+        }
 
     def _use(self) -> None:
         """Be the last one used, and let go of what is ready in the one that was not used for longest."""
@@ -157,6 +187,7 @@ class Fold:
         others = [fold for fold in (known() for known in _used) if fold is not None and fold is not self]
         for fold in others[: -FOLDS + 1]:
             fold._ready.clear()
+            fold._there.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
     def _spectra(
@@ -175,7 +206,7 @@ class Fold:
                 basis = self._remade(place, weight, outlined)
                 if keep or outlined:
                     self.bases[place] = basis
-            if not basis.live.all():
+            if not basis.all_live:
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             found.append(Spectrum(*vectors_on_device(basis, weight.device, again), delta))
         return found
@@ -210,16 +241,3 @@ def _live(name: str, terms: tuple[Layer, ...], bases: Mapping[Place, Basis]) -> 
             term = replace(term, delta=torch.where(basis.live, term.delta, 0.0))
         result.append(term)
     return tuple(result)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _prepare(
-    layers: Mapping[str, tuple[Layer, ...]], strength: float, device: torch.device, dtype: torch.dtype
-) -> dict[str, Ready]:
-    changing = [term for terms in layers.values() for term in terms if _has_spectrum(term)]
-    deltas = [term.delta for term in changing if term.delta is not None]
-    together = torch.cat([torch.zeros(0), *deltas]).to(device) * strength
-    parts = dict(zip(map(id, changing), together.split([len(delta) for delta in deltas]), strict=True))
-    turns = rotations(layers, strength, device, dtype)
-    return {name: Ready(tuple(parts.get(id(term)) for term in terms), turns[name]) for name, terms in layers.items()}

@@ -41,13 +41,19 @@ def on_device(held: Tensor, device: torch.device) -> Tensor:
 def vectors_on_device(basis: Basis, device: torch.device, again: bool) -> tuple[Tensor | None, Tensor | None]:
     """Left and right of a kept basis on a device, sent as one: they lie one after the other. `again`: they may be sent
     many times more."""
-    sides = [side for side in (basis.left, basis.right) if side is not None]
-    first, sizes = sides[0], [side.numel() for side in sides]
-    assert sides[-1].storage_offset() == first.storage_offset() + sum(sizes[:-1]), "not a kept basis"
-    both = first.as_strided((sum(sizes),), (1,))
-    sent = _sent_again(first, both, device, mapped=basis.mapped) if again else _sent(both, device)
-    parts = [part.view_as(side) for part, side in zip(sent.split(sizes), sides, strict=True)]
-    return None if basis.left is None else parts[0], None if basis.right is None else parts[-1]
+    left, right = basis.left, basis.right
+    if left is None or right is None:
+        side = right if left is None else left
+        assert side is not None, "an outline"
+        sent = _vectors(side, side, device, again, basis.mapped)
+        return (None, sent) if left is None else (sent, None)
+    assert right.storage_offset() == left.storage_offset() + left.numel(), "not a kept basis"
+    sent = _vectors(left, left.as_strided((left.numel() + right.numel(),), (1,)), device, again, basis.mapped)
+    return sent[: left.numel()].view_as(left), sent[left.numel() :].view_as(right)
+
+
+def _vectors(holder: Tensor, held: Tensor, device: torch.device, again: bool, mapped: bool) -> Tensor:
+    return _sent_again(holder, held, device, mapped=mapped) if again else _sent(held, device)
 
 
 def _sent_again(holder: Tensor, held: Tensor, device: torch.device, times: int = 0, mapped: bool = False) -> Tensor:
