@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+ROW = 16  # numbers
 INPLACE = "modified by an inplace operation"
 _copies = False
 _within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -97,7 +98,7 @@ class _Kept:
     """A tensor as it was, or a look at it that notices changes."""
 
     def __init__(self, tensor: Tensor, copied: bool):
-        self.kept = tensor.detach().clone() if copied else tensor
+        self.kept = _copy(tensor.detach()) if copied else tensor
         self.version = _version(self.kept)
         self.copied, self.requires_grad = copied, tensor.requires_grad
 
@@ -113,6 +114,19 @@ class _Kept:
         """For a run that may write into it: no leaf."""
         tensor = self.tensor()
         return tensor.requires_grad_().clone() if self.copied and self.requires_grad else tensor
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Laid out alike in memory: what is expanded stays so, and rows that begin at multiples of 16 numbers go on to do
+    so, as those of the mask that torch hands its attention's backward pass must on a GPU."""
+    own = tensor
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            own = own.narrow(dim, 0, 1)
+    padded = own.dim() > 1 and own.stride(-1) == 1 and own.shape[-1] % ROW and own.stride(-2) % ROW == 0
+    if padded:
+        place = own.new_empty(*own.shape[:-1], -(-own.shape[-1] // ROW) * ROW)[..., : own.shape[-1]]
+    return (place.copy_(own) if padded else own.clone()).expand_as(tensor)
 
 
 def _version(tensor: Tensor) -> int:

@@ -92,3 +92,32 @@ def test_a_part_may_be_copied_alone():
     plain = Block(inside=False, own=False)
     plain.load_state_dict(block.state_dict())
     assert torch.allclose(gradient(True), gradient(False), atol=1e-6)
+
+
+class Masked(torch.autograd.Function):
+    """x + mean(mask), with a mask as torch's attention keeps it: rows of 77 numbers 80 apart, one for all heads."""
+
+    seen: list[tuple] = []
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        padded = nn.functional.pad(mask, (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]].expand(2, 4, -1, -1)
+        ctx.save_for_backward(padded)
+        return x + padded.mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (mask,) = ctx.saved_tensors
+        Masked.seen.append((mask.shape, mask.stride()[1:], mask))
+        return gradient, None
+
+
+@pytest.mark.parametrize("length", [77, 80])
+def test_a_mask_that_is_kept_as_a_copy_lies_in_memory_as_it_did(length):
+    """The backward pass of torch's attention on a GPU refuses others."""
+    mask = torch.randn(1, 1, length, length)
+    with copying():
+        recomputed(Masked.apply, torch.zeros(3, requires_grad=True), mask).sum().backward()
+    shape, strides, kept = Masked.seen.pop()
+    assert shape == (2, 4, length, length) and strides == (0, 80, 1) and torch.equal(kept, mask.expand(shape))
+    assert kept.untyped_storage().nbytes() == 4 * 80 * length
