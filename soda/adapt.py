@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Decomposition, Layer
+from .compressed import Compressed
 from .decomposition import Basis, add_spectral_change
 from .errors import SodaMixError
 from .rotation import Logarithms, Rotations
@@ -58,6 +59,14 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
         delta = torch.where(basis.live, term.delta.to(basis.live.device), 0.0).to(weight.device, dtype)
         spectra.append(Spectrum(basis.left, basis.right, delta))
     return changed(weight, spectra, Logarithms.of({"": terms}, weight.device).rotations(dtype=dtype)[""])
+
+
+def compressed_change(spectra: Sequence[Spectrum], weight: Tensor, dtype: torch.dtype) -> Compressed:
+    """The sum of their D for a `weight` (out, in), on its device, in the integers `dtype`."""
+    total = torch.zeros(weight.shape, device=weight.device)
+    for spectrum in spectra:
+        add_spectral_change(total, *spectrum)
+    return Compressed.of(total, dtype)
 
 
 def changed(weight: Tensor, spectra: Sequence[Spectrum], turns: Rotations, inplace: bool = False) -> Tensor:

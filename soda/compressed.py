@@ -1,12 +1,12 @@
-"""A spectral change kept in 8 bits, for weights that are adapted anew in every forward.
+"""A spectral change kept in 8 or 16 bits, for weights that are adapted again and again.
 
     D[i, j] ~ scale[i, b] q[i, j]        b: the block of up to 64 neighbouring columns that j lies in
 
-    q int8 from -127 to 127,  scale = max |D| of the block / 127, in bf16
+    q int8 from -127 to 127 or int16 from -32767 to 32767,  scale = max |D| of the block / the largest q, up in bf16
 
-The error is at most scale / 2 a number: 0.6 % of a Gaussian D, where rounding the weight itself to bf16 costs D as much
-(lq). Each number takes 1.03 bytes, whatever the decomposition; the vectors of a basis take 2 (lq, qr) to 4 (svd), and
-for svd a product.
+The error is at most scale / 2 a number: of a Gaussian D 0.6 % in 8 bits, where rounding the weight itself to bf16 costs
+D as much (lq), and 2e-5 in 16 bits, a tenth of what the vectors' own rounding costs. Each number takes 1.03 or 2.03
+bytes, whatever the decomposition; the vectors of a basis take 2 (lq, qr) to 4 (svd), and for svd a product.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64
-LARGEST = 127
+UP = 1 + 2**-8  # what bf16 may round off
 
 
 class Compressed(NamedTuple):
     """Scales and q of a D `(rows, in)`, one after the other in one tensor of bytes, so that one copy moves them.
 
-    shape: (rows, blocks, block).
+    shape: (rows, blocks, block). dtype: that of q.
     """
 
     data: Tensor
     shape: tuple[int, int, int]
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, change: Tensor) -> Compressed:
-        """From a D `(rows, in)`, fp32 or fp64. A block whose scale bf16 cannot hold becomes 0."""
+    def of(cls, change: Tensor, dtype: torch.dtype) -> Compressed:
+        """From a D `(rows, in)`, fp32 or fp64; q int8 or int16. A block whose scale bf16 cannot hold becomes 0."""
+        largest = torch.iinfo(dtype).max
         rows, columns = change.shape
         count = -(-columns // BLOCK)
         blocks = F.pad(change, (0, -columns % count)).unflatten(1, (count, -1))
-        scales = (blocks.abs().amax(-1, keepdim=True) / LARGEST).bfloat16()
-        numbers = (blocks / scales.to(blocks)).nan_to_num_(0.0).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+        scales = (blocks.abs().amax(-1, keepdim=True) * (UP / largest)).bfloat16()
+        numbers = (blocks / scales.to(blocks)).nan_to_num_(0.0).round_().clamp_(-largest, largest).to(dtype)
         data = torch.cat([part.flatten().view(torch.uint8) for part in (scales, numbers)])
-        return cls(data, (rows, count, blocks.shape[-1]))
+        return cls(data, (rows, count, blocks.shape[-1]), dtype)
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
         """weight += strength D, in fp32, for a contiguous weight `(out, in)`, out >= rows, on the same device."""
         rows, count, block = self.shape
         scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
-        scales, numbers = scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(torch.int8).view(self.shape)
+        scales, numbers = scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(self.dtype).view(self.shape)
         if count * block == weight.shape[1]:
             weight[:rows].view(self.shape).addcmul_(numbers, scales, value=strength)  # one launch
         else:

@@ -87,3 +87,13 @@ def test_vectors_arrive_whole_wherever_they_are_sent_from(tmp_path, monkeypatch,
     before = comfy.model_management.TOTAL_PINNED_MEMORY
     del basis, made, source, sent, held
     assert before > comfy.model_management.TOTAL_PINNED_MEMORY
+
+
+def test_what_is_kept_of_a_change_is_pinned_while_it_is_new():
+    there = torch.randint(255, (1 << 20,), dtype=torch.uint8, device=DEVICE)
+    before = comfy.model_management.TOTAL_PINNED_MEMORY
+    held = pinned.to_main_memory(there)
+    assert held.is_pinned() and before + held.nbytes == comfy.model_management.TOTAL_PINNED_MEMORY
+    assert all(torch.equal(pinned.on_device(held, DEVICE), there) for _ in range(3))
+    del held
+    assert before == comfy.model_management.TOTAL_PINNED_MEMORY

@@ -239,8 +239,8 @@ def test_a_change_used_in_every_forward_is_kept_in_a_byte_a_number():
     fold, layer, _ = patched.patches[key][0][1].weights
     lazy = LowVramPatch(key, patched.patches)
     results = [lazy(base.clone()) for _ in range(2)]
-    ((name, kept),) = fold._changes.items()
-    assert name == layer and kept.data.nbytes <= 1.1 * base.numel()
+    (((name, kind), kept),) = fold._changes.items()
+    assert (name, kind) == (layer, torch.int8) and kept.data.nbytes <= 1.1 * base.numel()
     fold.bases.clear()  # no longer needed
     assert all(torch.equal(results[0], found) for found in (*results, lazy(base.clone())))
 
@@ -274,12 +274,33 @@ def test_beside_changes_used_in_every_forward_the_largest_bases_are_left_to_the_
     assert counted["decomposed"] == before["decomposed"]
 
 
+@pytest.mark.parametrize(("decomposition", "wide"), [("svd", True), ("lq", False), ("qr", False)])
+def test_another_strength_gives_what_it_gives_alone(monkeypatch, settings, decomposition, wide):
+    """Of svd by what is kept of the change in 16 bits, for which the vectors are left to the disk."""
+    settings()
+    monkeypatch.setattr(fold, "LOOKS", 1)
+    model = small_model(seed=34, dtype=torch.float16)
+    one = adapter(model, decomposition=decomposition)
+    tried = {}
+    for strength in (0.4, 0.9, 1.4, -0.6, 0.9):
+        patched = apply(model, [(one, strength)])[0]
+        tried[strength] = loaded(patched)
+        CACHE.flush()
+    numbers = sum(weights(model)[key].numel() for key in patched.patches)
+    changes = sum(change.data.nbytes for change in fold_of(patched)._changes.values())
+    assert (2 * numbers < changes < 2.2 * numbers) if wide else not changes
+    assert (kept_bytes(patched) == 0) is wide
+    for strength, found in tried.items():
+        monkeypatch.setattr(fold, "_shared", {})
+        assert same(found, loaded(apply(model, [(one, strength)])[0]))
+
+
 def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, monkeypatch):
     """Under low VRAM also the change of the spectrum, which a forward of another strength then finds."""
     settings()
     model, made = small_model(seed=30, dtype=torch.bfloat16), []
     of = fold.Compressed.of
-    monkeypatch.setattr(fold.Compressed, "of", lambda change: made.append(change) or of(change))
+    monkeypatch.setattr(fold.Compressed, "of", lambda *change: made.append(change) or of(*change))
     one, other = adapter(model), adapter(model, 2)
     weak, strong = (apply(model, [(one, strength)])[0] for strength in (0.4, 1.2))
     assert fold_of(weak) is fold_of(strong)
@@ -335,7 +356,7 @@ def test_with_caching_off_nothing_is_kept(settings, counted, decomposition, dtyp
     for kept in (0, 56, 56) if dtype == torch.float32 else (0, 0, 0):
         after = loaded(patched)
         assert all(torch.allclose(after[key], expected[key], atol=near) for key in after)
-        assert CACHE.size == 0 and len(fold_of(patched).bases) == kept
+        assert CACHE.size == 0 and len(fold_of(patched).bases) + len(fold_of(patched)._changes) == kept
         load(model)  # takes the patches off, so that they are asked for anew
 
 

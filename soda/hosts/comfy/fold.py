@@ -10,16 +10,17 @@ on even so, since ComfyUI merges these as it patches them in every forward.
 
 A layer that is asked for in every forward gets its change of the spectrum in 8 bits (`compressed`): from the first time
 on, so that all forwards are alike, and kept from the second on, whatever the strengths: who tries strengths may ask
-once at each. It is a quarter to a half of the bytes that the vectors would send over the bus each time. Where both take
-more than `MOST` (svd), the vectors are left to the disk from the third time on; another mix reads them from there. An
-fp16 weight is adapted in fp16 on a GPU in such a forward, as ComfyUI's own patches do, for it is bound by launches: W0
-+ D and its rotation by one half of R are rounded as well as the result. bf16 would lose eight times as much and goes
-through fp32.
+once at each. It is a quarter to a half of the bytes that the vectors would send over the bus each time. Where these are
+more than the weight's numbers (svd), a merge gets it too, in 16 bits. Where both take more than `MOST`, the vectors are
+left to the disk from the third time on; another mix reads them from there. An fp16 weight is adapted in fp16 on a GPU
+in such a forward, as ComfyUI's own patches do, for it is bound by launches: W0 + D and its rotation by one half of R
+are rounded as well as the result. bf16 would lose eight times as much and goes through fp32.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -27,16 +28,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...adapt import Spectrum, changed
+from ...adapt import Spectrum, changed, compressed_change
 from ...adapter import Adapter, Layer
 from ...bases import decompose_all, to_keep
 from ...basis_folder import Wanted
 from ...compressed import Compressed
-from ...decomposition import Basis, add_spectral_change
-from ...precision import CPU
+from ...decomposition import Basis
 from ...rotation import Logarithms, Rotations
 from .base import CACHE, ModelBases, Place
-from .pinned import on_device, vectors_on_device
+from .pinned import on_device, to_main_memory, vectors_on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
@@ -52,19 +52,28 @@ class Ready(NamedTuple):
 
 
 class There(NamedTuple):
-    """What serves all strengths on a device: the terms that have a delta (by identity), theirs one after the other."""
+    """What serves all strengths on a device: the deltas by layer and term, parts of one tensor, and the logarithms."""
 
-    terms: list[int]
-    sizes: list[int]
     deltas: Tensor
+    apart: dict[tuple[str, int], Tensor]
     logs: Logarithms
 
     @classmethod
     def of(cls, layers: Mapping[str, tuple[Layer, ...]], device: torch.device) -> There:
-        changing = [(id(term), term.delta) for terms in layers.values() for term in terms if _has_spectrum(term)]
-        deltas = [delta for _, delta in changing if delta is not None]
-        together = torch.cat([torch.zeros(0), *deltas]).to(device)
-        return cls([t for t, _ in changing], [len(d) for d in deltas], together, Logarithms.of(layers, device))
+        changing = {
+            (name, index): term.delta
+            for name, terms in layers.items()
+            for index, term in enumerate(terms)
+            if term.delta is not None and _has_spectrum(term)
+        }
+        deltas = torch.cat([torch.zeros(0), *changing.values()]).to(device)
+        parts = deltas.split([len(delta) for delta in changing.values()])
+        return cls(deltas, dict(zip(changing, parts, strict=True)), Logarithms.of(layers, device))
+
+    def at(self, strength: float) -> dict[tuple[str, int], Tensor]:
+        """The deltas."""
+        parts = (self.deltas * strength).split([len(delta) for delta in self.apart.values()])
+        return dict(zip(self.apart, parts, strict=True))
 
 
 @dataclass(eq=False)
@@ -75,10 +84,11 @@ class Fold:
     bases: dict[Place, Basis]
     wanted: Mapping[Place, Wanted]  # all bases needed
     unsure: frozenset[str] = frozenset()  # layers of which nothing tells a merge from a forward
+    wide: frozenset[str] = frozenset()  # those whose vectors are more than the weight's numbers
     _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
     _there: dict[torch.device, There] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
-    _changes: dict[str, Compressed] = field(default_factory=dict, init=False)
+    _changes: dict[tuple[str, torch.dtype], Compressed] = field(default_factory=dict, init=False)
     _heavy: dict[str, int] = field(default_factory=dict, init=False)  # layers to leave to the disk, looks that remain
 
     @classmethod
@@ -100,7 +110,9 @@ class Fold:
         found = bases.found(needed) if bases.kept else {}
         live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
         unsure = frozenset(name for name, _ in needed if bases.dtype(name) == torch.float32)
-        return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed}, unsure)
+        kinds = Counter(name for name, kind in needed for _ in range(2 if kind == "svd" else 1))
+        wide = frozenset(name for name, sides in kinds.items() if sides > 1)
+        return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed}, unsure, wide)
 
     def adapted(self, name: str, weight: Tensor, strength: float, repeated: bool) -> Tensor:
         """The `weight` (out, in) of one layer adapted, in fp32 or its own dtype, perhaps in its memory; `repeated`: it
@@ -110,33 +122,29 @@ class Fold:
         deltas, turns = ready[name]
         again = name in self._met
         self._met.add(name)
-        if not repeated:
+        if not repeated and name not in self.wide:
             keep = again and name in self.unsure
             return changed(weight, self._spectra(name, deltas, weight, keep), turns, inplace=True)
-        changing = any(delta is not None for delta in deltas)
-        change = self._change(name, weight, again) if changing else None
         total = weight.contiguous() if half else weight.to(torch.float32, memory_format=torch.contiguous_format)
-        if change is not None:
-            change.add_to(total, strength)
+        if any(delta is not None for delta in deltas):
+            keep = again and (repeated or name in self.unsure or bool(self._bases_of(name)))
+            self._change(name, weight, repeated, keep).add_to(total, strength)
         return turns.turned(total)
 
-    def _change(self, name: str, weight: Tensor, again: bool) -> Compressed:
-        """D of one layer at strength 1, on the weight's device."""
-        kept = self._changes.get(name)
+    def _change(self, name: str, weight: Tensor, repeated: bool, keep: bool) -> Compressed:
+        """D of one layer at strength 1, on the weight's device; perhaps to `keep`."""
+        dtype = torch.int8 if repeated else torch.int16
+        kept = self._changes.get((name, dtype))
         if kept is not None:
             if name in self._heavy:
                 self._leave_to_disk(name)
             return kept._replace(data=on_device(kept.data, weight.device))
-        deltas = [
-            term.delta.to(weight.device) if term.delta is not None and _has_spectrum(term) else None
-            for term in self.mix.layers[name]
-        ]
-        total = torch.zeros(weight.shape, device=weight.device)
-        for spectrum in self._spectra(name, deltas, weight, keep=False, again=False):
-            add_spectral_change(total, *spectrum)
-        change = Compressed.of(total)
-        if again:
-            self._changes[name] = change._replace(data=change.data.to(CPU))
+        there = self._on(weight.device).apart
+        deltas = [there.get((name, index)) for index in range(len(self.mix.layers[name]))]
+        again = not repeated and not keep  # other mixes will need the vectors
+        change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=again), weight, dtype)
+        if keep:
+            self._changes[name, dtype] = change._replace(data=to_main_memory(change.data))
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
             if change.data.nbytes + held > MOST * weight.numel():
                 self._heavy[name] = LOOKS
@@ -170,15 +178,17 @@ class Fold:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _prepared(self, strength: float, device: torch.device, dtype: torch.dtype) -> dict[str, Ready]:
-        if device not in self._there:
-            self._there[device] = There.of(self.mix.layers, device)
-        there = self._there[device]
-        deltas = dict(zip(there.terms, (there.deltas * strength).split(there.sizes), strict=True))
-        turns = there.logs.rotations(strength, dtype)
+        there = self._on(device)
+        deltas, turns = there.at(strength), there.logs.rotations(strength, dtype)
         return {
-            name: Ready(tuple(deltas.get(id(term)) for term in terms), turns[name])
+            name: Ready(tuple(deltas.get((name, index)) for index in range(len(terms))), turns[name])
             for name, terms in self.mix.layers.items()
         }
+
+    def _on(self, device: torch.device) -> There:
+        if device not in self._there:
+            self._there[device] = There.of(self.mix.layers, device)
+        return self._there[device]
 
     def _use(self) -> None:
         """Be the last one used, and let go of what is ready in the one that was not used for longest."""

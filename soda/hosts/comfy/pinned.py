@@ -26,16 +26,28 @@ from comfy.model_management import cast_to_device, is_device_cpu, is_device_cuda
 from torch import Tensor
 
 from ...decomposition import Basis
+from ...precision import CPU
 
 SOURCE = "_soda_source"
+PINNED_AT = 2  # times sent
 SMALL = 1 << 16  # bytes; pinning is by whole pages, which small tensors share
 SLOTS, SLOT = 4, 8 << 20  # bytes
 _behind = ThreadPoolExecutor(1)
 
 
+def to_main_memory(there: Tensor) -> Tensor:
+    """A copy of a contiguous tensor on a device, to be sent back again and again. Its memory is pinned while it is new:
+    that meets its pages faster than a copy does."""
+    held = torch.empty_like(there, device=CPU)
+    source = _source(held, held, there.device, PINNED_AT)
+    if source is not None:
+        source.pin()
+    return held.copy_(there)
+
+
 def on_device(held: Tensor, device: torch.device) -> Tensor:
-    """A contiguous tensor that is sent in every forward on a device, in its dtype; pinned where it lies."""
-    return _sent_again(held, held, device, times=1)
+    """What `to_main_memory` gave, on a device."""
+    return _sent_again(held, held, device, times=PINNED_AT)
 
 
 def vectors_on_device(basis: Basis, device: torch.device, again: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -58,11 +70,16 @@ def _vectors(holder: Tensor, held: Tensor, device: torch.device, again: bool, ma
 
 def _sent_again(holder: Tensor, held: Tensor, device: torch.device, times: int = 0, mapped: bool = False) -> Tensor:
     """Of a `held` that is there as long as `holder` is; `times`: as if it had been sent so often before."""
+    source = _source(holder, held, device, times, mapped)
+    return _sent(held, device) if source is None else source.sent(device)
+
+
+def _source(holder: Tensor, held: Tensor, device: torch.device, times: int, mapped: bool = False) -> _Source | None:
     if not _far(held, device):
-        return _sent(held, device)
+        return None
     if not hasattr(holder, SOURCE):
         setattr(holder, SOURCE, _Source(held, times, mapped))
-    return getattr(holder, SOURCE).sent(device)
+    return getattr(holder, SOURCE)
 
 
 def _sent(held: Tensor, device: torch.device, pinned: bool = False) -> Tensor:
@@ -86,13 +103,13 @@ class _Source:
 
     def sent(self, device: torch.device) -> Tensor:
         self.times += 1
-        if self.times == 2 and self.mapped:
+        if self.times == PINNED_AT and self.mapped:
             self.coming = _behind.submit(_copy, self.held)
-        elif self.times == 2 or (self.coming is not None and self.coming.done()):
-            self._pin()
+        elif self.times == PINNED_AT or (self.coming is not None and self.coming.done()):
+            self.pin()
         return _sent(self.held, device, self.pinned)
 
-    def _pin(self) -> None:
+    def pin(self) -> None:
         """Once: ComfyUI warns each time."""
         if self.coming is not None:
             done, self.coming = self.coming, None

@@ -29,7 +29,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ...adapt import adapt
+from ...adapt import Spectrum, adapt, compressed_change
 from ...adapter import Decomposition, Layer, split_rows
 from ...bases import decompose_all, to_keep
 from ...content import samples, weight_hash
@@ -113,12 +113,12 @@ class StockAdapter(WeightAdapterBase):
         if original_weight is not None:
             stored, unpack = original_weight[key][0]
             untouched = unpack(stored.to(weight.device), inplace=False).reshape(matrix.shape)
-        for rows, layer in self.layers(weight.device, strength):
+        for rows, layer in self.layers(weight.device, 1.0):
             place = slice(None) if rows is None else slice(*rows)
             base = untouched[place].float()
             where = key if rows is None else f"{key}{list(rows)}"
             layer, basis = file.fitting(layer, base, where, met, matrix.dtype)
-            new = adapt(base, [layer], basis)
+            new = _adapted(base, layer, basis, strength)
             if original_weight is None:
                 adapted[place] = new
             else:
@@ -255,6 +255,17 @@ def _computed(weight: Tensor, decomposition: Decomposition) -> Basis:
     """The basis of a weight (out, in) in its kept form, on the CPU."""
     ((_, basis),) = decompose_all({"": weight}, decomposition, device=weight.device, keep=True)
     return to_keep(basis)
+
+
+def _adapted(base: Tensor, layer: Layer, bases: Mapping[Decomposition, Basis], strength: float) -> Tensor:
+    """An fp32 `base` (out, in) with a layer at a strength, to the last bit as SODA Loader merges it."""
+    if layer.decomposition != "svd" or layer.decomposition not in bases:
+        return adapt(base, [layer.scaled(strength)], bases)
+    assert layer.delta is not None
+    basis, turned = bases[layer.decomposition], base.clone()
+    spectrum = Spectrum(basis.left, basis.right, torch.where(basis.live, layer.delta, 0.0))
+    compressed_change([spectrum], base, torch.int16).add_to(turned, strength)
+    return adapt(turned, rotation_only({"": (layer.scaled(strength),)})[""], {})
 
 
 def _error(layer: Layer, basis: Basis) -> float:
