@@ -60,6 +60,13 @@ def points(page, line: str = "soda-losses") -> list[list[float]]:
     return [[float(number) for number in point.split(",")] for point in drawn.split()]
 
 
+def drawing_box(page) -> dict[str, float]:
+    """The canvas puts a node's elements in their place with the next frame that it draws."""
+    drawing = page.locator(".soda-training svg")
+    drawing.wait_for()
+    return drawing.bounding_box()
+
+
 @pytest.fixture(autouse=True)
 def nothing_runs_on(server):
     """A training whose test failed must not keep the next test's from starting."""
@@ -111,7 +118,7 @@ def test_the_curve_grows_and_the_button_keeps_what_is_learnt(page, server):
     wait_for_step(page, len(first) + 8)
     assert len(points(page)) > len(first) >= 5
     assert len(points(page, "soda-smoothed")) >= len(first)
-    drawing = page.locator(".soda-training svg").bounding_box()
+    drawing = drawing_box(page)
     assert drawing["width"] > 250 and drawing["height"] > 80
     labels = page.locator(".soda-training svg text").all_text_contents()
     assert "step" in labels and any(label.startswith("loss") for label in labels) and len(labels) >= 5
@@ -201,7 +208,7 @@ def test_in_a_subgraph_it_is_watched_stopped_and_ends_with_the_strip(page):
     page.evaluate("(graph) => app.loadGraphData(JSON.parse(graph))", saved)
     page.evaluate(OPEN_SUBGRAPH)
     wait_for_text(page, "stopped and kept after ")
-    drawing = page.locator(".soda-training svg").bounding_box()
+    drawing = drawing_box(page)
     assert drawing["width"] > 120 and drawing["height"] > 40 and len(points(page)) >= 4  # at any zoom
 
 
