@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64
-UP = 1 + 2**-8  # what bf16 may round off
+UP = 1 + 2**-8  # what bf16 may round off; so that no q is beyond the largest
 
 
 class Compressed(NamedTuple):
@@ -33,21 +33,32 @@ class Compressed(NamedTuple):
 
     @classmethod
     def of(cls, change: Tensor, dtype: torch.dtype) -> Compressed:
-        """From a D `(rows, in)`, fp32 or fp64; q int8 or int16. A block whose scale bf16 cannot hold becomes 0."""
-        largest = torch.iinfo(dtype).max
+        """From a D `(rows, in)`, fp32 or fp64, with q in int8 or int16.
+
+        By few launches: each takes a GPU's host longer than the numbers take the GPU.
+        """
         rows, columns = change.shape
         count = -(-columns // BLOCK)
-        blocks = F.pad(change, (0, -columns % count)).unflatten(1, (count, -1))
-        scales = (blocks.abs().amax(-1, keepdim=True) * (UP / largest)).bfloat16()
-        numbers = (blocks / scales.to(blocks)).nan_to_num_(0.0).round_().clamp_(-largest, largest).to(dtype)
-        data = torch.cat([part.flatten().view(torch.uint8) for part in (scales, numbers)])
-        return cls(data, (rows, count, blocks.shape[-1]), dtype)
+        padding = -columns % count
+        blocks = (F.pad(change, (0, padding)) if padding else change).unflatten(1, (count, -1))
+        data = torch.empty(2 * rows * count + dtype.itemsize * blocks.numel(), dtype=torch.uint8, device=change.device)
+        made = cls(data, (rows, count, blocks.shape[-1]), dtype)
+        scales, numbers = made._parts()
+        largest = blocks.abs().amax(-1, keepdim=True)
+        scales.copy_(largest.mul_(UP / torch.iinfo(dtype).max).clamp_(min=torch.finfo(scales.dtype).tiny))
+        numbers.copy_((blocks / scales).round_())
+        return made
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """Scales `(rows, blocks, 1)` and q `(rows, blocks, block)`."""
+        rows, count, _ = self.shape
+        scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
+        return scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(self.dtype).view(self.shape)
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
         """weight += strength D, in fp32, for a contiguous weight `(out, in)`, out >= rows, on the same device."""
         rows, count, block = self.shape
-        scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
-        scales, numbers = scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(self.dtype).view(self.shape)
+        scales, numbers = self._parts()
         if count * block == weight.shape[1]:
             weight[:rows].view(self.shape).addcmul_(numbers, scales, value=strength)  # one launch
         else:
