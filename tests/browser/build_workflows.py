@@ -138,10 +138,10 @@ def load_one() -> Workflow:
         "SodaLoader", (1120, 70, 340, 190), adapter_name=SUBJECT_FILE, strength=1.0, model=base("MODEL"),
         clip=base("CLIP"),
     )  # fmt: skip
-    w.group("1. Model", "blue", (720, 0, 340, 280))
-    w.group("2. SODA adapter", "green", (1100, 0, 380, 280))
+    w.group("1. Model", "blue", (720, 0, 340, 300))
+    w.group("2. SODA adapter", "green", (1100, 0, 380, 300))
     models = {"Without the adapter": base("MODEL"), "With the adapter": loader("MODEL")}
-    sampling(w, 320, "3. Sample, twice with the same seed", loader("CLIP"), base("VAE"), SUBJECT_PROMPT, models)
+    sampling(w, 340, "3. Sample, twice with the same seed", loader("CLIP"), base("VAE"), SUBJECT_PROMPT, models)
     return w
 
 
@@ -153,8 +153,8 @@ def two_as_one(w: Workflow, left: int, mix_left: int) -> tuple:
         **rows({"adapter_name": SUBJECT_FILE, "weight": 1.2}, {"adapter_name": STYLE_FILE, "weight": 1.0}),
         model=base("MODEL"), clip=base("CLIP"),
     )  # fmt: skip
-    w.group("1. Model", "blue", (left, 0, mix_left - left - 40, 520))
-    w.group("2. Two SODA adapters as one", "green", (mix_left, 0, 380, 520))
+    w.group("1. Model", "blue", (left, 0, mix_left - left - 40, 540))
+    w.group("2. Two SODA adapters as one", "green", (mix_left, 0, 380, 540))
     return base, mix
 
 
@@ -163,7 +163,7 @@ def mix_two() -> Workflow:
     w.note((0, 30, 700, 300), "Read me", MIX_NOTE)
     base, mix = two_as_one(w, 720, 1100)
     models = {"Without the adapters": base("MODEL"), "Subject and style": mix("MODEL")}
-    sampling(w, 560, "3. Sample, twice with the same seed", mix("CLIP"), base("VAE"), MIX_PROMPT, models)
+    sampling(w, 580, "3. Sample, twice with the same seed", mix("CLIP"), base("VAE"), MIX_PROMPT, models)
     return w
 
 
@@ -227,9 +227,9 @@ def save_as_lora() -> Workflow:
     lora = w.node(
         "LoraModelLoader", (1120, 370, 340, 130), strength_model=1.0, model=base("MODEL"), lora=converted("lora")
     )
-    w.group("3. As a LoRA", "brown", (1100, 0, 380, 520))
+    w.group("3. As a LoRA", "brown", (1100, 0, 380, 540))
     models = {"The SODA mix": mix("MODEL"), "The LoRA made of it": lora("model")}
-    sampling(w, 560, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), MIX_PROMPT, models)
+    sampling(w, 580, "4. Sample, twice with the same seed", base("CLIP"), base("VAE"), MIX_PROMPT, models)
     return w
 
 
