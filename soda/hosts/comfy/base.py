@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import folder_paths
 import torch
@@ -57,7 +56,7 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
     return weight if convert is None else convert(weight, inplace=False)
 
 
-def _stored(patcher: ModelPatcher, key: str) -> Any:
+def _stored(patcher: ModelPatcher, key: str) -> torch.Tensor:
     """The base weight of `key` as it lies in memory."""
     if key in patcher.hook_backup:
         return patcher.hook_backup[key][0]

@@ -51,15 +51,15 @@ class Ready(NamedTuple):
     turns: Rotations
 
 
-class There(NamedTuple):
-    """What serves all strengths on a device: the deltas by layer and term, parts of one tensor, and the logarithms."""
+class Common(NamedTuple):
+    """What is common to all strengths, on a device: deltas by layer and term, parts of one tensor, and logarithms."""
 
     deltas: Tensor
     apart: dict[tuple[str, int], Tensor]
     logs: Logarithms
 
     @classmethod
-    def of(cls, layers: Mapping[str, tuple[Layer, ...]], device: torch.device) -> There:
+    def of(cls, layers: Mapping[str, tuple[Layer, ...]], device: torch.device) -> Common:
         changing = {
             (name, index): term.delta
             for name, terms in layers.items()
@@ -86,7 +86,7 @@ class Fold:
     unsure: frozenset[str] = frozenset()  # layers of which nothing tells a merge from a forward
     wide: frozenset[str] = frozenset()  # those whose vectors are more than the weight's numbers
     _ready: dict[tuple[float, torch.device, torch.dtype], dict[str, Ready]] = field(default_factory=dict, init=False)
-    _there: dict[torch.device, There] = field(default_factory=dict, init=False)
+    _common: dict[torch.device, Common] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[tuple[str, torch.dtype], Compressed] = field(default_factory=dict, init=False)
     _heavy: dict[str, int] = field(default_factory=dict, init=False)  # layers to leave to the disk, looks that remain
@@ -139,8 +139,8 @@ class Fold:
             if name in self._heavy:
                 self._leave_to_disk(name)
             return kept._replace(data=on_device(kept.data, weight.device))
-        there = self._on(weight.device).apart
-        deltas = [there.get((name, index)) for index in range(len(self.mix.layers[name]))]
+        apart = self._common_on(weight.device).apart
+        deltas = [apart.get((name, index)) for index in range(len(self.mix.layers[name]))]
         again = not repeated and not keep  # other mixes will need the vectors
         change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=again), weight, dtype)
         if keep:
@@ -178,17 +178,17 @@ class Fold:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _prepared(self, strength: float, device: torch.device, dtype: torch.dtype) -> dict[str, Ready]:
-        there = self._on(device)
-        deltas, turns = there.at(strength), there.logs.rotations(strength, dtype)
+        common = self._common_on(device)
+        deltas, turns = common.at(strength), common.logs.rotations(strength, dtype)
         return {
             name: Ready(tuple(deltas.get((name, index)) for index in range(len(terms))), turns[name])
             for name, terms in self.mix.layers.items()
         }
 
-    def _on(self, device: torch.device) -> There:
-        if device not in self._there:
-            self._there[device] = There.of(self.mix.layers, device)
-        return self._there[device]
+    def _common_on(self, device: torch.device) -> Common:
+        if device not in self._common:
+            self._common[device] = Common.of(self.mix.layers, device)
+        return self._common[device]
 
     def _use(self) -> None:
         """Be the last one used, and let go of what is ready in the one that was not used for longest."""
@@ -197,7 +197,7 @@ class Fold:
         others = [fold for fold in (known() for known in _used) if fold is not None and fold is not self]
         for fold in others[: -FOLDS + 1]:
             fold._ready.clear()
-            fold._there.clear()
+            fold._common.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
     def _spectra(
