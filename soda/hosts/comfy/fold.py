@@ -127,12 +127,11 @@ class Fold:
             return changed(weight, self._spectra(name, deltas, weight, keep), turns, inplace=True)
         total = weight.contiguous() if half else weight.to(torch.float32, memory_format=torch.contiguous_format)
         if any(delta is not None for delta in deltas):
-            keep = again and (repeated or name in self.unsure or bool(self._bases_of(name)))
-            self._change(name, weight, repeated, keep).add_to(total, strength)
+            self._change(name, weight, repeated, again).add_to(total, strength)
         return turns.turned(total)
 
-    def _change(self, name: str, weight: Tensor, repeated: bool, keep: bool) -> Compressed:
-        """D of one layer at strength 1, on the weight's device; perhaps to `keep`."""
+    def _change(self, name: str, weight: Tensor, repeated: bool, again: bool) -> Compressed:
+        """D of one layer at strength 1, on the weight's device; kept if it is asked for `again`."""
         dtype = torch.int8 if repeated else torch.int16
         kept = self._changes.get((name, dtype))
         if kept is not None:
@@ -141,8 +140,9 @@ class Fold:
             return kept._replace(data=on_device(kept.data, weight.device))
         apart = self._common_on(weight.device).apart
         deltas = [apart.get((name, index)) for index in range(len(self.mix.layers[name]))]
-        again = not repeated and not keep  # other mixes will need the vectors
-        change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=again), weight, dtype)
+        keep = again and (repeated or name in self.unsure or bool(self._bases_of(name)))
+        others = not repeated and not keep  # mixes that will need the vectors
+        change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=others), weight, dtype)
         if keep:
             self._changes[name, dtype] = change._replace(data=to_main_memory(change.data))
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
