@@ -101,6 +101,17 @@ class Adapter:
                         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def sketch_hash(self) -> str:
+        """SHA-256 over layer names and sketches, which `content_hash` leaves out."""
+        digest = hashlib.sha256()
+        for name in sorted(self.layers):
+            for index, layer in enumerate(self.layers[name]):
+                if layer.sketch is not None:
+                    digest.update(f"{name}\0{index}\0".encode())
+                    digest.update(layer.sketch.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     @property
     def role(self) -> str:
         """`subject`, `style` or `other`."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 BLOCK = 64
 UP = 1 + 2**-8  # what bf16 may round off; so that no q is beyond the largest
+TINY = torch.tensor(torch.finfo(torch.bfloat16).tiny)  # no scale is 0
 
 
 class Compressed(NamedTuple):
@@ -44,8 +45,8 @@ class Compressed(NamedTuple):
         data = torch.empty(2 * rows * count + dtype.itemsize * blocks.numel(), dtype=torch.uint8, device=change.device)
         made = cls(data, (rows, count, blocks.shape[-1]), dtype)
         scales, numbers = made._parts()
-        largest = blocks.abs().amax(-1, keepdim=True)
-        scales.copy_(largest.mul_(UP / torch.iinfo(dtype).max).clamp_(min=torch.finfo(scales.dtype).tiny))
+        largest = torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True)
+        torch.add(TINY, largest, alpha=UP / torch.iinfo(dtype).max, out=scales)
         numbers.copy_((blocks / scales).round_())
         return made
 

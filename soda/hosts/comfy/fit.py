@@ -115,12 +115,8 @@ def _sketched(layers: Mapping[str, tuple[Layer, ...]]) -> Iterator[tuple[str, La
 
 def _sketched_on(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], bases: ModelBases) -> str:
     """One name for an adapter's spectra and sketches and the weights that they are checked on."""
-    found = {
-        f"{name} {index}": f"{bases.hashes[name]} {term.sketch.numpy().tobytes().hex()}"
-        for index, (name, term) in enumerate(_sketched(layers))
-        if term.sketch is not None
-    }
-    return f"{adapter.content_hash} {joint_hash(found)}"
+    weights = {name: bases.hashes[name] for name, _ in _sketched(layers)}
+    return f"{adapter.content_hash} {adapter.sketch_hash} {joint_hash(weights)}"
 
 
 def fit_to_apply(

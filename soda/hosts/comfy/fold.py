@@ -12,7 +12,7 @@ A layer that is asked for in every forward gets its change of the spectrum in 8 
 on, so that all forwards are alike, and kept from the second on, whatever the strengths: who tries strengths may ask
 once at each. It is a quarter to a half of the bytes that the vectors would send over the bus each time. Where these are
 more than the weight's numbers (svd), a merge gets it too, in 16 bits. Where both take more than `MOST`, the vectors are
-left to the disk from the third time on; another mix reads them from there. An fp16 weight is adapted in fp16 on a GPU
+left to the disk as soon as it has them; another mix reads them from there. An fp16 weight is adapted in fp16 on a GPU
 in such a forward, as ComfyUI's own patches do, for it is bound by launches: W0 + D and its rotation by one half of R
 are rounded as well as the result. bf16 would lose eight times as much and goes through fp32.
 """
@@ -148,6 +148,7 @@ class Fold:
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
             if change.data.nbytes + held > MOST * weight.numel():
                 self._heavy[name] = LOOKS
+                self._leave_to_disk(name)
         return change
 
     def _bases_of(self, name: str) -> list[tuple[Place, Basis]]:

@@ -18,7 +18,7 @@ from ...adapter import Adapter, Layer
 from ...mixing import mix
 from . import bypass
 from .base import ModelBases, matrix_shape, shapes, split_name
-from .fit import Report, fit_to_apply, matching, spectrum_errors, unmatched
+from .fit import Matching, Report, fit_to_apply, matching, spectrum_errors, unmatched
 from .fold import Fold
 from .prompt_cache import forget_around_runs
 
@@ -84,22 +84,33 @@ def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
     report = Report()
-    for adapter, _ in parts:
-        report.unmatched += unmatched(adapter, [matching(adapter, k) for k in known], type(model.model).__name__)
-    new_model = _fold(model, parts, known[0], report, mode)
+    matches = [[matching(adapter, k) for adapter, _ in parts] for k in known]
+    for (adapter, _), *found in zip(parts, *matches, strict=True):
+        report.unmatched += unmatched(adapter, found, type(model.model).__name__)
+    new_model = _fold(model, parts, matches[0], known[0], report, mode)
     if clip is None:
         if any(not name.startswith("diffusion_model.") for name in report.unmatched):
             report.warnings.append("Wire clip to use the layers that belong to a text encoder.")
         return new_model, None, report
     new_clip = clip.clone()
-    new_clip.patcher = _fold(clip.patcher, parts if clip_parts is None else clip_parts, known[1], report, mode)
+    clip_parts = parts if clip_parts is None else clip_parts
+    new_clip.patcher = _fold(clip.patcher, clip_parts, matches[1], known[1], report, mode)
     return new_model, new_clip, report
 
 
-def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode: str) -> ModelPatcher:
-    """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones."""
+def _fold(
+    patcher: ModelPatcher, parts: Parts, matches: Sequence[Matching], known: dict, report: Report, mode: str
+) -> ModelPatcher:
+    """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones, which `matches` its
+    weights, the `known`, so."""
     before = attached(patcher)
-    together = [(adapter, weight) for adapter, weight in (*before, *parts) if weight != 0.0]
+    matches = [*(matching(adapter, known) for adapter, _ in before), *matches]
+    fitting = [
+        (adapter, match.fitting, weight)
+        for (adapter, weight), match in zip((*before, *parts), matches, strict=True)
+        if weight != 0.0
+    ]
+    together = [(adapter, weight) for adapter, _, weight in fitting]
     clone = patcher.clone()
     if len(together) == len(before):
         report.bypassed += len(bypass.installed(clone))
@@ -109,7 +120,6 @@ def _fold(patcher: ModelPatcher, parts: Parts, known: dict, report: Report, mode
     clone.set_attachments(ATTACHMENT, tuple(together))
     mode = (patcher.get_attachment(MODE) or mode) if mode == "auto" else mode
     clone.set_attachments(MODE, mode)
-    fitting = [(adapter, matching(adapter, known).fitting, weight) for adapter, weight in together]
     wanted = {
         (name, term.decomposition)
         for _, layers, _ in fitting
