@@ -67,7 +67,7 @@ class BasisCache:
         `owner` is an object that lives as long as these names mean its weights, such as the model: it saves hashing
         weights again of which a sample has not changed. hashes: what `hashes` gave for them. shapes: theirs, where to
         look at a weight costs more.
-        `progress(done, total)` is told after every matrix. The folder is written meanwhile and afterwards; see `flush`.
+        `progress(done, total)` is told after every matrix. The folder is written afterwards; see `flush`.
         """
         if decomposition == "none":
             return

@@ -35,6 +35,8 @@ Wanted = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
 SUFFIX = ".basis"
 CHECKSUM = 8  # bytes
 WRITERS = 4
+QUIET = 5.0  # seconds without another basis to write before the first is: until then somebody waits for an image
+LATEST = 30.0  # seconds after which one is written even so
 AHEAD = 16  # files
 ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
 log = logging.getLogger(__name__)
@@ -55,7 +57,10 @@ class BasisFolder:
         self._writers = ThreadPoolExecutor(WRITERS)
         self._later: deque[tuple[int, Future[None]]] = deque()
         self._left = 0  # bytes of those
+        self._waiting: dict[Key, Basis] = {}
         self._queueing = threading.Lock()
+        self._queued = 0.0  # when the last one was
+        self._hurry = threading.Event()
 
     def bound(self, limit: int) -> None:
         """Another limit from now on; what is beyond it goes at once."""
@@ -83,7 +88,10 @@ class BasisFolder:
                 os.posix_fadvise(stored.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
-        """The basis of a weight of this shape, or None."""
+        """The basis of a weight of this shape, perhaps one that is still to be written, or None."""
+        waiting = self._waiting.get(key)
+        if waiting is not None:
+            return waiting
         file = self._file(key)
         try:
             basis = _read(file, key, shape)
@@ -119,21 +127,38 @@ class BasisFolder:
                 log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
 
     def put_later(self, key: Key, basis: Basis, room: int) -> None:
-        """`put` while the caller goes on; nothing where that would leave more than `room` bytes to write: to compute a
-        basis again is better than to wait for a slow disk. A process that ends writes what is left first."""
+        """`put` while the caller goes on, once it has no more of them or three quarters of `room` are taken; nothing
+        where that would leave more than `room` bytes to write: to compute a basis again is better than to wait for a
+        slow disk. A process that ends writes what is left first."""
         with self._queueing:
             while self._later and self._later[0][1].done():
                 self._written()
             if self._left + basis.nbytes > room:
                 return
-            self._later.append((basis.nbytes, self._writers.submit(self.put, key, basis)))
+            self._queued = time.monotonic()
+            self._waiting[key] = basis
+            self._later.append((basis.nbytes, self._writers.submit(self._put_when_quiet, self._queued, key, basis)))
             self._left += basis.nbytes
+            (self._hurry.set if self._left > room * 3 // 4 else self._hurry.clear)()
+
+    def _put_when_quiet(self, queued: float, key: Key, basis: Basis) -> None:
+        while (left := min(self._queued + QUIET, queued + LATEST) - time.monotonic()) > 0:
+            if self._hurry.wait(left):
+                break
+        try:
+            self.put(key, basis)
+        finally:
+            self._waiting.pop(key, None)
 
     def flush(self) -> None:
-        """Wait until all is written."""
+        """Write all at once, and wait for it."""
         with self._queueing:
-            while self._later:
-                self._written()
+            self._hurry.set()
+            try:
+                while self._later:
+                    self._written()
+            finally:
+                self._hurry.clear()
 
     def _written(self) -> None:
         size, future = self._later.popleft()

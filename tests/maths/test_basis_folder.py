@@ -199,6 +199,7 @@ def test_a_folder_that_cannot_be_written_does_not_fail_the_job(tmp_path, monkeyp
 def _fill(folder, seed, rounds):
     """Write and read in a folder too small for all; exit code 1 if a basis ever came back wrong."""
     torch.set_num_threads(1)
+    basis_folder.QUIET = 0.0
     weights = some_weights(12, (20, 20))
     exact = {name: decompose(w, "lq").kept() for name, w in weights.items()}
     one = exact["layer0"].nbytes + 2 * basis_folder.CHECKSUM
@@ -225,6 +226,39 @@ def test_processes_share_a_folder(tmp_path):
     assert left and all(file.name.endswith(SUFFIX) for file in left)
 
 
+def test_writing_waits_until_no_more_bases_come_but_not_for_ever(tmp_path, monkeypatch):
+    basis = decompose(some_weights(1)["layer0"], "lq").kept()
+    folder = BasisFolder(tmp_path, 1 << 20)
+    monkeypatch.setattr(basis_folder, "QUIET", 0.5)
+    for i in range(6):
+        folder.put_later((f"layer{i}", "lq"), basis, room=1 << 20)
+        time.sleep(0.2)
+    assert not list(tmp_path.iterdir())
+    assert folder.get(("layer3", "lq"), torch.Size((6, 9))) is basis  # as good as written
+    until = time.monotonic() + 30
+    while time.monotonic() < until and len(list(tmp_path.glob(f"*{SUFFIX}"))) < 6:
+        time.sleep(0.05)
+    monkeypatch.setattr(basis_folder, "LATEST", 0.5)
+    more = 0
+    while time.monotonic() < until and not (tmp_path / f"more0.lq{SUFFIX}").exists():
+        folder.put_later((f"more{more}", "lq"), basis, room=1 << 20)
+        more += 1
+        time.sleep(0.1)
+    assert 6 < len(list(tmp_path.glob(f"*{SUFFIX}"))) < 6 + more
+    folder.flush()
+
+
+def test_where_little_may_wait_writing_begins_at_once(tmp_path):
+    basis = decompose(some_weights(1)["layer0"], "lq").kept()
+    folder = BasisFolder(tmp_path, 1 << 20)
+    for i in range(12):
+        folder.put_later((f"layer{i}", "lq"), basis, room=4 * basis.nbytes)
+        time.sleep(0.1)
+    assert len(list(tmp_path.glob(f"*{SUFFIX}"))) > 8
+    folder.flush()
+    assert len(list(tmp_path.glob(f"*{SUFFIX}"))) == 12
+
+
 def test_what_would_wait_too_long_is_not_written_and_the_rest_is_before_the_process_ends(tmp_path, monkeypatch):
     basis, going, written = decompose(some_weights(1)["layer0"], "lq").kept(), threading.Event(), []
     plain = BasisFolder.put
@@ -248,7 +282,7 @@ def test_what_would_wait_too_long_is_not_written_and_the_rest_is_before_the_proc
 
     code = (
         "import torch, sys, soda.basis_folder as f, time; from soda import decompose; plain = f._write\n"
-        "f._write = lambda *args: (time.sleep(0.5), plain(*args))\n"
+        "f._write = lambda *args: (time.sleep(0.5), plain(*args)); f.QUIET = 0.1\n"
         "folder = f.BasisFolder(sys.argv[1], 1 << 20)\n"
         "folder.put_later(('late', 'lq'), decompose(torch.randn(6, 9), 'lq').kept(), 1 << 20)"
     )
