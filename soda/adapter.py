@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Decomposition = Literal["lq", "svd", "qr", "none"]
@@ -64,6 +65,11 @@ class Layer:
         """The side of the weight that R turns."""
         return "output" if self.decomposition == "qr" else "input"
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that are there: delta, logs, sketch."""
+        return tuple(t for t in (self.delta, *self.logs, self.sketch) if t is not None)
+
     def scaled(self, s: float) -> Layer:
         """The layer at strength s: (s delta, s A)."""
         return replace(
@@ -111,6 +117,21 @@ class Adapter:
                     digest.update(f"{name}\0{index}\0".encode())
                     digest.update(layer.sketch.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def form(self) -> tuple:
+        """What adapters with as many numbers for the same have in common: names, decompositions, shapes."""
+        return tuple(
+            (name, layer.decomposition, layer.delta is None, layer.sketch is None, *(t.shape for t in layer.tensors))
+            for name in sorted(self.layers)
+            for layer in self.layers[name]
+        )
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """All of them, one after the other in the order of `form`, fp32."""
+        tensors = [t.flatten() for name in sorted(self.layers) for layer in self.layers[name] for t in layer.tensors]
+        return torch.cat([torch.empty(0), *tensors])
 
     @property
     def role(self) -> str:

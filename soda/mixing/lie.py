@@ -24,13 +24,10 @@ from torch import Tensor
 from ..adapter import Layer
 from ..errors import SodaMixError
 from .terms import Term, TermsByLayer, combine, common_turn, each_factor, weighted_sum
-from .together import alike, summed
 
 
 def lie_sum(layers: TermsByLayer) -> dict[str, tuple[Layer, ...]]:
     """Adapters of any form, exactly."""
-    if alike(layers):
-        return summed(layers)
     return {name: combine(name, terms, weighted_sum, each_factor(weighted_sum)) for name, terms in layers.items()}
 
 

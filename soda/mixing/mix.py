@@ -13,6 +13,7 @@ from .karcher import karcher
 from .lie import dare, lie_sum, ties
 from .record import describe, title
 from .terms import Part, terms_by_layer
+from .together import alike, summed
 
 Operator = Callable[..., dict[str, tuple[Layer, ...]]]  # (terms by layer; settings by keyword) -> the mixed layers
 OPERATORS: dict[str, Operator] = {"lie_sum": lie_sum, "karcher": karcher, "ties": ties, "dare": dare}
@@ -36,7 +37,9 @@ def mix(parts: Sequence[Part], name: str = "", operator: str = "lie_sum", **sett
             raise SodaMixError(f"{adapter.name!r} is itself a mix ({reason}): {operator} cannot mix it; use lie_sum")
     if len(parts) == 1 and parts[0][1] == 1 and operator in ("lie_sum", "karcher"):
         return parts[0][0]
-    return Adapter(rule(terms_by_layer(parts)), describe(parts, operator, settings), name or title(parts))
+    heard = [(adapter, weight) for adapter, weight in parts if weight != 0] or parts
+    layers = summed(heard) if operator == "lie_sum" and alike(heard) else rule(terms_by_layer(parts))
+    return Adapter(layers, describe(parts, operator, settings), name or title(parts))
 
 
 def _rule(operator: str, settings: dict[str, float]) -> Operator:

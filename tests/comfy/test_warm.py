@@ -245,6 +245,23 @@ def test_a_change_used_in_every_forward_is_kept_in_a_byte_a_number():
     assert all(torch.equal(results[0], found) for found in (*results, lazy(base.clone())))
 
 
+@pytest.mark.parametrize("forward", [False, True])
+def test_vectors_are_sent_as_what_other_mixes_need_but_for_a_change_that_is_kept(monkeypatch, settings, forward):
+    """So that a GPU gets them from pinned memory where the weights of a mix change, and nothing is pinned for once."""
+    settings()
+    sent, plain = [], fold.vectors_on_device
+    monkeypatch.setattr(fold, "vectors_on_device", lambda *args: sent.append(args[-1]) or plain(*args))
+    model = small_model(seed=35, dtype=torch.float16)
+    one, two = (adapter(model, seed, decomposition="svd") for seed in (1, 2))
+    for weight in (0.3, 0.6):
+        patched = apply(model, [(one, weight), (two, 0.5)])[0]
+        key, base_weight = next((key, weights(model)[key]) for key in patched.patches)
+        dtype = torch.float16 if forward else torch.float32
+        for _ in range(3):
+            calculate_weight(patched.patches[key], base_weight.clone(), key, intermediate_dtype=dtype)
+    assert sent == [True, False] * 2  # the third time finds the change
+
+
 @pytest.mark.parametrize(("decomposition", "disk", "left"), [("svd", 8, True), ("svd", 0, False), ("lq", 8, False)])
 def test_beside_changes_used_in_every_forward_the_largest_bases_are_left_to_the_disk(
     monkeypatch, settings, counted, decomposition, disk, left

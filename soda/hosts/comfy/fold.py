@@ -141,8 +141,8 @@ class Fold:
         apart = self._common_on(weight.device).apart
         deltas = [apart.get((name, index)) for index in range(len(self.mix.layers[name]))]
         keep = again and (repeated or name in self.unsure or bool(self._bases_of(name)))
-        others = not repeated and not keep  # mixes that will need the vectors
-        change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=others), weight, dtype)
+        # Other mixes will need the vectors, this one only if its change is not kept.
+        change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=not keep), weight, dtype)
         if keep:
             self._changes[name, dtype] = change._replace(data=to_main_memory(change.data))
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
@@ -248,7 +248,7 @@ def _live(name: str, terms: tuple[Layer, ...], bases: Mapping[Place, Basis]) -> 
     result = []
     for term in terms:
         basis = bases.get((name, term.decomposition))
-        if basis is not None and term.delta is not None:
+        if basis is not None and term.delta is not None and not basis.all_live:
             term = replace(term, delta=torch.where(basis.live, term.delta, 0.0))
         result.append(term)
     return tuple(result)
