@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -158,12 +158,15 @@ class BasisCache:
         if self._folder is not None:
             self._folder.flush()
 
-    def leave_to_disk(self, key: Key, shape: tuple[int, ...]) -> bool:
-        """Let go of a basis in memory, if the folder has it; whether that is so."""
-        left = self._folder is not None and self._folder.holds(key, shape)
-        if left:
+    def leave_to_disk(self, key: Key, shape: tuple[int, ...], then: Callable[[], None]) -> None:
+        """Let go of a basis in memory as soon as the folder has it, now or never perhaps, and call `then`."""
+
+        def left() -> None:
             self.forget(key)
-        return left
+            then()
+
+        if self._folder is not None:
+            self._folder.when_held(key, shape, left)
 
     def forget(self, key: Key) -> None:
         """Let go of a basis in memory."""

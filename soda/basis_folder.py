@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ class BasisFolder:
         self._writers = ThreadPoolExecutor(WRITERS)
         self._later: deque[tuple[int, Future[None]]] = deque()
         self._left = 0  # bytes of those
-        self._waiting: dict[Key, Basis] = {}
+        self._waiting: dict[Key, tuple[Basis, list[Callable[[], None]]]] = {}  # and who is told when it is written
         self._queueing = threading.Lock()
         self._queued = 0.0  # when the last one was
         self._hurry = threading.Event()
@@ -89,9 +89,9 @@ class BasisFolder:
 
     def get(self, key: Key, shape: tuple[int, ...]) -> Basis | None:
         """The basis of a weight of this shape, perhaps one that is still to be written, or None."""
-        waiting = self._waiting.get(key)
-        if waiting is not None:
-            return waiting
+        with self._lock:
+            if key in self._waiting:
+                return self._waiting[key][0]
         file = self._file(key)
         try:
             basis = _read(file, key, shape)
@@ -101,7 +101,7 @@ class BasisFolder:
             return None
         return basis
 
-    def holds(self, key: Key, shape: tuple[int, ...]) -> bool:
+    def _holds(self, key: Key, shape: tuple[int, ...]) -> bool:
         """Whether there is such a file, whatever is in it."""
         try:
             return self._file(key).stat().st_size == CHECKSUM + kept_bytes(shape, key[1])
@@ -136,7 +136,8 @@ class BasisFolder:
             if self._left + basis.nbytes > room:
                 return
             self._queued = time.monotonic()
-            self._waiting[key] = basis
+            with self._lock:
+                self._waiting.setdefault(key, (basis, []))
             self._later.append((basis.nbytes, self._writers.submit(self._put_when_quiet, self._queued, key, basis)))
             self._left += basis.nbytes
             (self._hurry.set if self._left > room * 3 // 4 else self._hurry.clear)()
@@ -148,7 +149,20 @@ class BasisFolder:
         try:
             self.put(key, basis)
         finally:
-            self._waiting.pop(key, None)
+            with self._lock:
+                _, told = self._waiting.pop(key, (basis, []))
+        if told and self._file(key).exists():
+            for then in told:
+                then()
+
+    def when_held(self, key: Key, shape: tuple[int, ...], then: Callable[[], None]) -> None:
+        """Call `then` once there is a file of the basis: now, or from another thread, or never."""
+        with self._lock:
+            if key in self._waiting:
+                self._waiting[key][1].append(then)
+                return
+        if self._holds(key, shape):
+            then()
 
     def flush(self) -> None:
         """Write all at once, and wait for it."""

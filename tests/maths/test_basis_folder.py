@@ -235,9 +235,16 @@ def test_writing_waits_until_no_more_bases_come_but_not_for_ever(tmp_path, monke
         time.sleep(0.2)
     assert not list(tmp_path.iterdir())
     assert folder.get(("layer3", "lq"), torch.Size((6, 9))) is basis  # as good as written
+    told = []
+    for name in ("layer3", "no layer"):
+        folder.when_held((name, "lq"), torch.Size((6, 9)), partial(told.append, name))
+    assert not told
     until = time.monotonic() + 30
     while time.monotonic() < until and len(list(tmp_path.glob(f"*{SUFFIX}"))) < 6:
         time.sleep(0.05)
+    folder.flush()
+    folder.when_held(("layer4", "lq"), torch.Size((6, 9)), partial(told.append, "layer4"))
+    assert told == ["layer3", "layer4"]
     monkeypatch.setattr(basis_folder, "LATEST", 0.5)
     more = 0
     while time.monotonic() < until and not (tmp_path / f"more0.lq{SUFFIX}").exists():

@@ -23,6 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,6 @@ from .pinned import on_device, to_main_memory, vectors_on_device
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
 MOST = 4  # bytes in main memory for each number of an adapted weight
-LOOKS = 200  # forwards in which a basis is expected on disk; a slow one takes half a minute for SDXL's
 
 
 class Ready(NamedTuple):
@@ -89,7 +89,6 @@ class Fold:
     _common: dict[torch.device, Common] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[tuple[str, torch.dtype], Compressed] = field(default_factory=dict, init=False)
-    _heavy: dict[str, int] = field(default_factory=dict, init=False)  # layers to leave to the disk, looks that remain
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
@@ -135,8 +134,6 @@ class Fold:
         dtype = torch.int8 if repeated else torch.int16
         kept = self._changes.get((name, dtype))
         if kept is not None:
-            if name in self._heavy:
-                self._leave_to_disk(name)
             return kept._replace(data=on_device(kept.data, weight.device))
         apart = self._common_on(weight.device).apart
         deltas = [apart.get((name, index)) for index in range(len(self.mix.layers[name]))]
@@ -147,8 +144,8 @@ class Fold:
             self._changes[name, dtype] = change._replace(data=to_main_memory(change.data))
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
             if change.data.nbytes + held > MOST * weight.numel():
-                self._heavy[name] = LOOKS
-                self._leave_to_disk(name)
+                for place, _ in self._bases_of(name):
+                    CACHE.leave_to_disk(*self.wanted[place], partial(self._without_vectors, place))
         return change
 
     def _bases_of(self, name: str) -> list[tuple[Place, Basis]]:
@@ -156,15 +153,8 @@ class Fold:
         places = [(name, term.decomposition) for term in self.mix.layers.get(name, ())]
         return [(place, self.bases[place]) for place in dict.fromkeys(places) if place in self.bases]
 
-    def _leave_to_disk(self, name: str) -> None:
-        """Let go of the vectors of one layer as soon as they are there: a while after decomposing, or never."""
-        for place, basis in self._bases_of(name):
-            if not basis.whole or CACHE.leave_to_disk(*self.wanted[place]):
-                self.bases[place] = basis.outline()
-            elif self._heavy[name] > 1:
-                self._heavy[name] -= 1
-                return
-        del self._heavy[name]
+    def _without_vectors(self, place: Place) -> None:
+        self.bases[place] = self.bases[place].outline()
 
     def _ready_for(self, strength: float, device: torch.device, dtype: torch.dtype) -> dict[str, Ready]:
         """Made at the first look."""
