@@ -26,6 +26,7 @@ ATTACHMENT = "soda"
 MODE = "soda_mode"
 MODES = ("auto", "merge", "bypass")
 Parts = Sequence[tuple[Adapter, float]]
+Placed = tuple[Adapter, Mapping[str, tuple[Layer, ...]], float]  # the layers that have a place in a network
 SOMETHING = torch.zeros(1)
 
 
@@ -87,30 +88,27 @@ def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None
     matches = [[matching(adapter, k) for adapter, _ in parts] for k in known]
     for (adapter, _), *found in zip(parts, *matches, strict=True):
         report.unmatched += unmatched(adapter, found, type(model.model).__name__)
-    new_model = _fold(model, parts, matches[0], known[0], report, mode)
+    new_model = _fold(model, _placed(parts, matches[0]), known[0], report, mode)
     if clip is None:
         if any(not name.startswith("diffusion_model.") for name in report.unmatched):
             report.warnings.append("Wire clip to use the layers that belong to a text encoder.")
         return new_model, None, report
     new_clip = clip.clone()
-    clip_parts = parts if clip_parts is None else clip_parts
-    new_clip.patcher = _fold(clip.patcher, clip_parts, matches[1], known[1], report, mode)
+    placed = _placed(parts if clip_parts is None else clip_parts, matches[1])
+    new_clip.patcher = _fold(clip.patcher, placed, known[1], report, mode)
     return new_model, new_clip, report
 
 
-def _fold(
-    patcher: ModelPatcher, parts: Parts, matches: Sequence[Matching], known: dict, report: Report, mode: str
-) -> ModelPatcher:
-    """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones, which `matches` its
-    weights, the `known`, so."""
+def _placed(parts: Parts, matches: Sequence[Matching]) -> list[Placed]:
+    return [(adapter, match.fitting, weight) for (adapter, weight), match in zip(parts, matches, strict=True)]
+
+
+def _fold(patcher: ModelPatcher, new: Sequence[Placed], known: dict, report: Report, mode: str) -> ModelPatcher:
+    """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones."""
     before = attached(patcher)
-    matches = [*(matching(adapter, known) for adapter, _ in before), *matches]
-    fitting = [
-        (adapter, match.fitting, weight)
-        for (adapter, weight), match in zip((*before, *parts), matches, strict=True)
-        if weight != 0.0
-    ]
-    together = [(adapter, weight) for adapter, _, weight in fitting]
+    old = _placed(before, [matching(adapter, known) for adapter, _ in before])
+    placed = [one for one in (*old, *new) if one[-1] != 0.0]
+    together = [(adapter, weight) for adapter, _, weight in placed]
     clone = patcher.clone()
     if len(together) == len(before):
         report.bypassed += len(bypass.installed(clone))
@@ -122,16 +120,16 @@ def _fold(
     clone.set_attachments(MODE, mode)
     wanted = {
         (name, term.decomposition)
-        for _, layers, _ in fitting
+        for _, layers, _ in placed
         for name, terms in layers.items()
         for term in terms
         if term.delta is not None
     }
     bases = ModelBases(patcher, wanted, known)
-    errors = spectrum_errors([(adapter, layers) for adapter, layers, _ in fitting], bases)
+    errors = spectrum_errors([(adapter, layers) for adapter, layers, _ in placed], bases)
     checked = [
         (_with_layers(adapter, fit_to_apply(adapter, layers, error, report)), weight)
-        for (adapter, layers, weight), error in zip(fitting, errors, strict=True)
+        for (adapter, layers, weight), error in zip(placed, errors, strict=True)
         if layers
     ]
     strength, unit = _factored(checked)
