@@ -32,6 +32,7 @@ from torch import Tensor
 from .decomposition import Basis, Key, kept_bytes, kept_form
 
 Wanted = tuple[Key, tuple[int, ...]]  # of a weight: key and shape
+Told = tuple[tuple[int, ...], Callable[[], None]]  # a shape and what to call
 SUFFIX = ".basis"
 CHECKSUM = 8  # bytes
 WRITERS = 4
@@ -57,7 +58,7 @@ class BasisFolder:
         self._writers = ThreadPoolExecutor(WRITERS)
         self._later: deque[tuple[int, Future[None]]] = deque()
         self._left = 0  # bytes of those
-        self._waiting: dict[Key, tuple[Basis, list[Callable[[], None]]]] = {}  # and who is told when it is written
+        self._waiting: dict[Key, tuple[Basis, list[Told]]] = {}  # and who is told when it is written
         self._queueing = threading.Lock()
         self._queued = 0.0  # when the last one was
         self._hurry = threading.Event()
@@ -151,15 +152,14 @@ class BasisFolder:
         finally:
             with self._lock:
                 _, told = self._waiting.pop(key, (basis, []))
-        if told and self._file(key).exists():
-            for then in told:
-                then()
+        for shape, then in told:
+            self.when_held(key, shape, then)
 
     def when_held(self, key: Key, shape: tuple[int, ...], then: Callable[[], None]) -> None:
         """Call `then` once there is a file of the basis: now, or from another thread, or never."""
         with self._lock:
             if key in self._waiting:
-                self._waiting[key][1].append(then)
+                self._waiting[key][1].append((shape, then))
                 return
         if self._holds(key, shape):
             then()
