@@ -65,8 +65,8 @@ class BasisFolder:
 
     def bound(self, limit: int) -> None:
         """Another limit from now on; what is beyond it goes at once."""
+        self.limit = limit  # for what waits too
         self.flush()
-        self.limit = limit
         self._unscanned = 0
         self._writable = True
         with contextlib.suppress(OSError):
@@ -111,9 +111,9 @@ class BasisFolder:
 
     def put(self, key: Key, basis: Basis) -> None:
         """Write the basis, unless there is no room or no right to."""
-        size = CHECKSUM + basis.nbytes
-        if not self._writable or size > self.limit:
+        if not self._room_for(basis):
             return
+        size = CHECKSUM + basis.nbytes
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self._lock:
@@ -127,6 +127,10 @@ class BasisFolder:
             if not told:
                 log.warning("The folder %s cannot keep bases (%s); they are computed anew next time", self.path, error)
 
+    def _room_for(self, basis: Basis) -> bool:
+        """Whether there may be, once others are gone."""
+        return self._writable and CHECKSUM + basis.nbytes <= self.limit
+
     def put_later(self, key: Key, basis: Basis, room: int) -> None:
         """`put` while the caller goes on, once it has no more of them or three quarters of `room` are taken; nothing
         where that would leave more than `room` bytes to write: to compute a basis again is better than to wait for a
@@ -134,7 +138,7 @@ class BasisFolder:
         with self._queueing:
             while self._later and self._later[0][1].done():
                 self._written()
-            if self._left + basis.nbytes > room:
+            if self._left + basis.nbytes > room or not self._room_for(basis):
                 return
             self._queued = time.monotonic()
             with self._lock:
