@@ -86,18 +86,21 @@ def fresh(case: Case, side: Any, weights: list[float]) -> tuple[float, Any]:
 def measure(kind: str, case: Case) -> dict[str, float]:
     side: Any = (Core if kind == "lora" else Soda)(case.files(kind, 8))
     row: dict[str, float] = {}
-    warm_up, _ = fresh(case, side, [1.0])  # libraries load
+    fresh(case, side, [1.0])  # libraries load
     side.forget("disk")
-    row["first"], _ = fresh(case, side, [1.0])
+    row["first"] = fresh(case, side, [1.0])[0]  # of that model nothing is left
     if kind != "lora":
         side.cache.flush()
     row["memory"], model = fresh(case, side, [1.0])
     if kind != "lora":
         side.forget("memory")
         row["disk"], model = fresh(case, side, [1.0])
-    row["strength"] = statistics.median(put(case, side, model, [0.5 + 0.1 * i]) for i in range(ROUNDS))
-    put(case, side, model, [0.3] * 8)
-    row["mix"] = statistics.median(put(case, side, model, [0.1 * i] + [0.3] * 7) for i in range(1, ROUNDS + 1))
+    changes = [put(case, side, model, [0.5 + 0.1 * i]) for i in range(WARM_UP + ROUNDS)]
+    row["strength"] = statistics.median(changes[WARM_UP:])
+    mixes = [put(case, side, model, [0.1 * i] + [0.3] * 7) for i in range(WARM_UP + ROUNDS)]
+    row["mix"] = statistics.median(mixes[WARM_UP:])
+    row["mix first"] = mixes[0]
+    print(*(f"{t:.2f}" for t in (*changes, *mixes)), "s: strengths and mixes, from the first on", file=sys.stderr)
     numbers = sum(shape.numel() for shape in case.shapes().values())
     row["ram"] = side.bytes(side.held) / numbers
     side.held = side.apply(model, [1.0])

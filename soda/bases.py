@@ -67,15 +67,6 @@ def to_keep(basis: Basis) -> Basis:
     return _copied(basis.kept(), CPU)
 
 
-def stream_after(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream that goes on from what this thread has asked the device for; None where there are no streams."""
-    if device.type != "cuda":
-        return None
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return stream
-
-
 def decompose_batches(
     weights: Mapping[str, Tensor], decomposition: Decomposition, *, device: torch.device, working_set: int
 ) -> Iterator[dict[str, Basis]]:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .adapter import Decomposition
-from .bases import WORKING_SET, Progress, Some, decompose_batches, stream_after, to_keep
+from .bases import WORKING_SET, Progress, Some, decompose_batches, to_keep
 from .basis_folder import BasisFolder, Wanted
 from .content import samples, weight_hashes
-from .decomposition import Basis, Key
+from .decomposition import STREAMS, Basis, Key, stream_beside
 from .precision import CPU
 
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.6 GB in svd
@@ -199,14 +199,19 @@ def _computed(
 ) -> Iterator[dict[str, Basis]]:
     """Bases as kept of one batch after the other; each comes to main memory while the next is computed."""
 
-    def keep(batch: dict[str, Basis], made: torch.cuda.Stream | None) -> dict[str, Basis]:
-        with torch.cuda.stream(made):
+    def keep(batch: dict[str, Basis], made: torch.cuda.Event | None) -> dict[str, Basis]:
+        beside = None
+        if made is not None:
+            beside = stream_beside(device, STREAMS)
+            beside.wait_event(made)
+        with torch.cuda.stream(beside):
             return {name: to_keep(basis) for name, basis in batch.items()}
 
     with ThreadPoolExecutor(1) as pool:
         coming: Future[dict[str, Basis]] | None = None
         for batch in decompose_batches(weights, decomposition, device=device, working_set=working_set):
-            made = stream_after(next(iter(batch.values())).spectrum.device)
+            on_gpu = next(iter(batch.values())).spectrum.is_cuda
+            made = torch.cuda.current_stream(device).record_event() if on_gpu else None
             before, coming = coming, pool.submit(keep, batch, made)
             if before is not None:
                 yield before.result()

@@ -185,7 +185,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     caller = torch.cuda.current_stream(gram.device)
 
     def solve(first: int) -> None:
-        stream = torch.cuda.Stream(gram.device)
+        stream = stream_beside(gram.device, first)
         stream.wait_stream(caller)
         with torch.inference_mode(gram.is_inference()), torch.cuda.stream(stream):
             for i in range(first, len(gram), STREAMS):
@@ -195,6 +195,13 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     with ThreadPoolExecutor(STREAMS) as pool:  # each solution ends with the host waiting for it
         list(pool.map(solve, range(min(STREAMS, len(gram)))))
     return values, vectors
+
+
+@lru_cache(maxsize=64)
+def stream_beside(device: torch.device, index: int) -> torch.cuda.Stream:
+    """The same one at each call: what was freed on a stream is there for that stream alone, and new memory has a GPU
+    wait."""
+    return torch.cuda.Stream(device)
 
 
 def _lq(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -312,6 +312,26 @@ def test_another_strength_gives_what_it_gives_alone(monkeypatch, settings, decom
         assert same(found, loaded(apply(model, [(one, strength)])[0]))
 
 
+def test_what_a_mix_read_from_the_disk_is_left_to_it_again_by_one_that_needs_it_no_more(settings):
+    settings()
+    model = small_model(seed=38, dtype=torch.float16)
+    one, two = (adapter(model, seed, decomposition="svd") for seed in (1, 2))
+    for strength in (0.4, 0.9):
+        alone = apply(model, [(one, strength)])[0]
+        loaded(alone)
+    CACHE.flush()
+    wanted = [key for key, _ in fold_of(alone).wanted.values()]
+
+    def in_memory():
+        return [CACHE._in_memory(key) is not None for key in wanted]
+
+    assert not any(in_memory())
+    loaded(apply(model, [(one, 0.9), (two, 0.3)])[0])
+    assert all(in_memory())
+    loaded(alone)
+    assert not any(in_memory())
+
+
 def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, monkeypatch):
     """Under low VRAM also the change of the spectrum, which a forward of another strength then finds."""
     settings()

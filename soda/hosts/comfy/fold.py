@@ -182,9 +182,13 @@ class Fold:
         return self._common[device]
 
     def _use(self) -> None:
-        """Be the last one used, and let go of what is ready in the one that was not used for longest."""
+        """Be the last one used, and let go of what is ready in the one that was not used for longest, and of vectors
+        that were left to the disk and read from there for another mix since."""
         if _used and _used[-1]() is self:
             return
+        for place, basis in self.bases.items():
+            if not basis.whole:
+                CACHE.leave_to_disk(*self.wanted[place], partial(self._without_vectors, place))
         others = [fold for fold in (known() for known in _used) if fold is not None and fold is not self]
         for fold in others[: -FOLDS + 1]:
             fold._ready.clear()
