@@ -6,8 +6,8 @@ applies only the rotation and says so (`soda.fit` has the estimate and its thres
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ...adapter import Adapter, Layer
 from ...errors import SodaMixError
@@ -47,6 +47,18 @@ class Matching:
     fitting: dict[str, tuple[Layer, ...]] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)  # the weight is there, and why its shape does not fit
     absent: list[str] = field(default_factory=list)
+
+
+def matchings(adapters: Iterable[Adapter], known: Mapping[str, tuple[int, ...]]) -> list[Matching]:
+    """`matching` of each; those of one form match alike."""
+    by_form: dict[tuple, Matching] = {}
+    result = []
+    for adapter in adapters:
+        match = by_form.get(adapter.form)
+        if match is None:
+            match = by_form[adapter.form] = matching(adapter, known)
+        result.append(replace(match, fitting={name: adapter.layers[name] for name in match.fitting}))
+    return result
 
 
 def matching(adapter: Adapter, known: Mapping[str, tuple[int, ...]]) -> Matching:
@@ -91,7 +103,12 @@ def spectrum_errors(parts: Parts, bases: ModelBases) -> list[float | None]:
     """How far each adapter's D is off on this base (`soda.fit.spectrum_error`); looked at once for a base."""
     if len(_ERRORS) > REMEMBERED:
         _ERRORS.clear()
-    keys = [_sketched_on(adapter, layers, bases) for adapter, layers in parts]
+    checked = [tuple(name for name, _ in _sketched(layers)) for _, layers in parts]
+    weights = {names: joint_hash({name: bases.hashes[name] for name in names}) for names in set(checked)}
+    keys = [
+        f"{adapter.content_hash} {adapter.sketch_hash} {weights[names]}"
+        for (adapter, _), names in zip(parts, checked, strict=True)
+    ]
     unknown = {
         key: [((name, term.decomposition), term) for name, term in _sketched(layers)]
         for key, (_, layers) in zip(keys, parts, strict=True)
@@ -111,12 +128,6 @@ def _sketched(layers: Mapping[str, tuple[Layer, ...]]) -> Iterator[tuple[str, La
         for term in terms
         if term.delta is not None and term.sketch is not None
     )
-
-
-def _sketched_on(adapter: Adapter, layers: Mapping[str, tuple[Layer, ...]], bases: ModelBases) -> str:
-    """One name for an adapter's spectra and sketches and the weights that they are checked on."""
-    weights = {name: bases.hashes[name] for name, _ in _sketched(layers)}
-    return f"{adapter.content_hash} {adapter.sketch_hash} {joint_hash(weights)}"
 
 
 def fit_to_apply(

@@ -18,7 +18,7 @@ from ...adapter import Adapter, Layer
 from ...mixing import mix
 from . import bypass
 from .base import ModelBases, matrix_shape, shapes, split_name
-from .fit import Matching, Report, fit_to_apply, matching, spectrum_errors, unmatched
+from .fit import Matching, Report, fit_to_apply, matchings, spectrum_errors, unmatched
 from .fold import Fold
 from .prompt_cache import forget_around_runs
 
@@ -85,7 +85,7 @@ def apply(model: ModelPatcher, parts: Parts, clip=None, clip_parts: Parts | None
     targets = [model] if clip is None else [model, clip.patcher]
     known = [shapes(patcher) for patcher in targets]
     report = Report()
-    matches = [[matching(adapter, k) for adapter, _ in parts] for k in known]
+    matches = [matchings([adapter for adapter, _ in parts], k) for k in known]
     for (adapter, _), *found in zip(parts, *matches, strict=True):
         report.unmatched += unmatched(adapter, found, type(model.model).__name__)
     new_model = _fold(model, _placed(parts, matches[0]), known[0], report, mode)
@@ -106,7 +106,7 @@ def _placed(parts: Parts, matches: Sequence[Matching]) -> list[Placed]:
 def _fold(patcher: ModelPatcher, new: Sequence[Placed], known: dict, report: Report, mode: str) -> ModelPatcher:
     """A clone of `patcher` whose SODA patches are the mix of the attached parts and the new ones."""
     before = attached(patcher)
-    old = _placed(before, [matching(adapter, known) for adapter, _ in before])
+    old = _placed(before, matchings([adapter for adapter, _ in before], known))
     placed = [one for one in (*old, *new) if one[-1] != 0.0]
     together = [(adapter, weight) for adapter, _, weight in placed]
     clone = patcher.clone()
