@@ -3,7 +3,8 @@
 From memory that is not pinned the driver sends with one thread, for which the host waits. ComfyUI pins the weights that
 it leaves in main memory; here is pinned, as far as ComfyUI's own bound allows, what is sent in every forward, and what
 is sent for the second time, at another strength: that takes as long as to send it a few times. What is mapped would be
-copied by it, page by page, so that it gets new memory, pinned before anything is in it, which meets its pages fastest.
+copied by it, page by page, so that it gets memory of its own. New memory is filled by all threads before it is pinned,
+which would find its pages by one.
 
 All else goes through a little memory that stays pinned, filled by all threads.
 
@@ -34,7 +35,7 @@ SLOTS, SLOT = 4, 8 << 20  # bytes
 
 def to_main_memory(there: Tensor) -> Tensor:
     """A copy of a contiguous tensor on a device, to be sent back again and again."""
-    held = torch.empty_like(there, device=CPU)
+    held = torch.empty_like(there, device=CPU).zero_()
     source = _source(held, held, there.device, PINNED_AT)
     if source is not None:
         source.pin()
@@ -105,13 +106,13 @@ class _Source:
     def pin(self) -> None:
         """Once: ComfyUI warns each time."""
         try:
-            place = torch.empty_like(self.held) if self.mapped else self.held
+            place = self.held.clone() if self.mapped else self.held
         except RuntimeError:  # no memory is left; the mapped file still is
             return
         self.pinned = pin_memory(place)
         if self.pinned:
-            self.held = place.copy_(self.held) if self.mapped else place
-            weakref.finalize(self, unpin_memory, self.held).atexit = False
+            self.held = place
+            weakref.finalize(self, unpin_memory, place).atexit = False
 
 
 class _Ring:
