@@ -14,8 +14,6 @@ from .decomposition import Basis, add_spectral_change
 from .errors import SodaMixError
 from .rotation import Logarithms, Rotations
 
-IN_HALF = (torch.int8, torch.float16)
-
 
 class Spectrum(NamedTuple):
     """One D: the vectors of its basis, and delta, 0 where the basis is not live; on the weight's device."""
@@ -72,7 +70,8 @@ def compressed_change(spectra: Sequence[Spectrum], weight: Tensor, dtype: torch.
         left, right, delta = spectra[0]
         if left is None and right is not None:
             return Compressed.of(delta[:, None] * right, dtype)
-        if left is not None and right is not None and weight.is_cuda and (dtype, left.dtype) == IN_HALF:
+        in_half = weight.is_cuda and dtype == torch.int8 and left is not None and left.dtype == torch.float16
+        if in_half and left is not None and right is not None:
             return Compressed.of((left * delta.half()) @ right, dtype)
     total = torch.zeros(weight.shape, device=weight.device)
     for spectrum in spectra:
