@@ -3,8 +3,8 @@
 From memory that is not pinned the driver sends with one thread, for which the host waits. ComfyUI pins the weights that
 it leaves in main memory; here is pinned, as far as ComfyUI's own bound allows, what is sent in every forward, and what
 is sent for the second time, at another strength: that takes as long as to send it a few times. What is mapped would be
-copied by it, page by page, so that it gets memory of its own. New memory is filled by all threads before it is pinned,
-which would find its pages by one.
+copied by it, page by page, so that it gets memory of its own. New memory is filled by all threads before it is pinned:
+to pin it, or to copy into it, meets its pages one by one.
 
 All else goes through a little memory that stays pinned, filled by all threads.
 
@@ -35,9 +35,10 @@ SLOTS, SLOT = 4, 8 << 20  # bytes
 
 def to_main_memory(there: Tensor) -> Tensor:
     """A copy of a contiguous tensor on a device, to be sent back again and again."""
-    held = torch.empty_like(there, device=CPU).zero_()
+    held = torch.empty_like(there, device=CPU)
     source = _source(held, held, there.device, PINNED_AT)
     if source is not None:
+        held.zero_()
         source.pin()
     return held.copy_(there)
 
