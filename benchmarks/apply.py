@@ -99,7 +99,6 @@ def measure(kind: str, case: Case) -> dict[str, float]:
     row["strength"] = statistics.median(changes[WARM_UP:])
     mixes = [put(case, side, model, [0.1 * i] + [0.3] * 7) for i in range(WARM_UP + ROUNDS)]
     row["mix"] = statistics.median(mixes[WARM_UP:])
-    row["mix first"] = mixes[0]
     print(*(f"{t:.2f}" for t in (*changes, *mixes)), "s: strengths and mixes, from the first on", file=sys.stderr)
     numbers = sum(shape.numel() for shape in case.shapes().values())
     row["ram"] = side.bytes(side.held) / numbers

@@ -62,17 +62,11 @@ def adapt(weight: Tensor, layers: Sequence[Layer], bases: Mapping[Decomposition,
 
 
 def compressed_change(spectra: Sequence[Spectrum], weight: Tensor, dtype: torch.dtype) -> Compressed:
-    """The sum of their D for a `weight` (out, in), on its device, in the integers `dtype`.
-
-    For 8 bits a GPU multiplies the vectors of one svd in fp16, as they are kept: that rounds a tenth as much.
-    """
+    """The sum of their D for a `weight` (out, in), on its device, in the integers `dtype`."""
     if len(spectra) == 1:
         left, right, delta = spectra[0]
         if left is None and right is not None:
             return Compressed.of(delta[:, None] * right, dtype)
-        in_half = weight.is_cuda and dtype == torch.int8 and left is not None and left.dtype == torch.float16
-        if in_half and left is not None and right is not None:
-            return Compressed.of((left * delta.half()) @ right, dtype)
     total = torch.zeros(weight.shape, device=weight.device)
     for spectrum in spectra:
         add_spectral_change(total, *spectrum)

@@ -34,7 +34,7 @@ class Compressed(NamedTuple):
 
     @classmethod
     def of(cls, change: Tensor, dtype: torch.dtype) -> Compressed:
-        """From a D `(rows, in)`, fp16 (for int8), fp32 or fp64, with q in int8 or int16.
+        """From a D `(rows, in)`, fp32 or fp64, with q in int8 or int16.
 
         By few launches: each takes a GPU's host longer than the numbers take the GPU.
         """
@@ -46,9 +46,9 @@ class Compressed(NamedTuple):
         made = cls(data, (rows, count, blocks.shape[-1]), dtype)
         scales, numbers = made._parts()
         if change.is_cuda:
-            largest = torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True, dtype=torch.float32)
+            largest = torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True)
         else:
-            largest = blocks.abs().amax(-1, keepdim=True).float()  # the norm takes a CPU 18 times as long
+            largest = blocks.abs().amax(-1, keepdim=True)  # the norm takes a CPU 18 times as long
         torch.add(TINY, largest, alpha=UP / torch.iinfo(dtype).max, out=scales)
         numbers.copy_((blocks / scales).round_())
         return made
