@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adapter import Decomposition, Layer
 from .compressed import Compressed
-from .decomposition import Basis, add_spectral_change
+from .decomposition import Basis, add_spectral_change, scaled_product
 from .errors import SodaMixError
 from .rotation import Logarithms, Rotations
 
@@ -65,8 +65,9 @@ def compressed_change(spectra: Sequence[Spectrum], weight: Tensor, dtype: torch.
     """The sum of their D for a `weight` (out, in), on its device, in the integers `dtype`."""
     if len(spectra) == 1:
         left, right, delta = spectra[0]
-        if left is None and right is not None:
-            return Compressed.of(delta[:, None] * right, dtype)
+        if right is not None:
+            change = delta[:, None] * right if left is None else scaled_product(left, right, delta)
+            return Compressed.of(change, dtype)
     total = torch.zeros(weight.shape, device=weight.device)
     for spectrum in spectra:
         add_spectral_change(total, *spectrum)

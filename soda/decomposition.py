@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -272,16 +273,26 @@ def spectral_change(basis: Basis, delta: Tensor, weight: Tensor) -> Tensor:
 def add_spectral_change(total: Tensor, left: Tensor | None, right: Tensor | None, delta: Tensor) -> None:
     """total += D, where `delta` is 0 already for all that is not live; one pass, and no D, for lq and qr.
 
-    left, right: a basis's, in any dtype; delta, total: fp32 or fp64; all on one device. Vectors in fp16 are multiplied
-    in TF32, which rounds to as many bits, where the device has it.
+    left, right: a basis's, in any dtype; delta, total: fp32 or fp64; all on one device.
     """
     if left is not None and right is not None:
-        with tf32() if left.dtype == torch.float16 and total.is_cuda else full_fp32():
+        with _product_precision(left):
             total.addmm_((left * delta).to(total.dtype), right.to(total.dtype))
     elif right is not None:
         total[: len(delta)].addcmul_(delta[:, None], right)
     elif left is not None:
         total[:, : len(delta)].addcmul_(left, delta)
+
+
+def scaled_product(left: Tensor, right: Tensor, delta: Tensor) -> Tensor:
+    """U diag(delta) V^T `(out, in)`, as `add_spectral_change` has it, in the dtype of delta."""
+    with _product_precision(left):
+        return (left * delta).to(delta.dtype) @ right.to(delta.dtype)
+
+
+def _product_precision(left: Tensor) -> AbstractContextManager[None]:
+    """Vectors in fp16 are multiplied in TF32, which rounds to as many bits, where the device has it."""
+    return tf32() if left.dtype == torch.float16 and left.is_cuda else full_fp32()
 
 
 def spectral_sketch(basis: Basis, delta: Tensor) -> Tensor:
