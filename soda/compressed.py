@@ -19,6 +19,7 @@ from torch import Tensor
 
 BLOCK = 64
 UP = 1 + 2**-8  # what bf16 may round off; so that no q is beyond the largest
+ALIGNED = 16  # bytes
 TINY = torch.tensor(torch.finfo(torch.bfloat16).tiny)  # no scale is 0
 
 
@@ -33,37 +34,40 @@ class Compressed(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, change: Tensor, dtype: torch.dtype) -> Compressed:
-        """From a D `(rows, in)`, fp32 or fp64, with q in int8 or int16.
+    def each(cls, changes: Tensor, dtype: torch.dtype) -> list[Compressed]:
+        """From D `(n, rows, in)`, fp32 or fp64, with q in int8 or int16; the n share their memory.
 
         By few launches: each takes a GPU's host longer than the numbers take the GPU.
         """
-        rows, columns = change.shape
+        n, rows, columns = changes.shape
         count = -(-columns // BLOCK)
         padding = -columns % count
-        blocks = (F.pad(change, (0, padding)) if padding else change).unflatten(1, (count, -1))
-        data = torch.empty(2 * rows * count + dtype.itemsize * blocks.numel(), dtype=torch.uint8, device=change.device)
-        made = cls(data, (rows, count, blocks.shape[-1]), dtype)
-        scales, numbers = made._parts()
-        if change.is_cuda:
+        blocks = (F.pad(changes, (0, padding)) if padding else changes).unflatten(-1, (count, -1))
+        shape = (rows, count, blocks.shape[-1])
+        size = 2 * rows * count + dtype.itemsize * blocks[0].numel()
+        data = torch.empty(n, -(-size // ALIGNED) * ALIGNED, dtype=torch.uint8, device=changes.device)[:, :size]
+        scales, numbers = _parts(data, shape, dtype)
+        if changes.is_cuda:
             largest = torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True)
         else:
             largest = blocks.abs().amax(-1, keepdim=True)  # the norm takes a CPU 18 times as long
         torch.add(TINY, largest, alpha=UP / torch.iinfo(dtype).max, out=scales)
         numbers.copy_((blocks / scales).round_())
-        return made
-
-    def _parts(self) -> tuple[Tensor, Tensor]:
-        """Scales `(rows, blocks, 1)` and q `(rows, blocks, block)`."""
-        rows, count, _ = self.shape
-        scales, numbers = self.data.split([2 * rows * count, self.data.numel() - 2 * rows * count])
-        return scales.view(torch.bfloat16).view(rows, count, 1), numbers.view(self.dtype).view(self.shape)
+        return [cls(one, shape, dtype) for one in data]
 
     def add_to(self, weight: Tensor, strength: float = 1.0) -> None:
         """weight += strength D, in fp32, for a contiguous weight `(out, in)`, out >= rows, on the same device."""
         rows, count, block = self.shape
-        scales, numbers = self._parts()
+        scales, numbers = _parts(self.data, self.shape, self.dtype)
         if count * block == weight.shape[1]:
             weight[:rows].view(self.shape).addcmul_(numbers, scales, value=strength)  # one launch
         else:
             weight[:rows] += (numbers * scales.float()).flatten(1)[:, : weight.shape[1]] * strength
+
+
+def _parts(data: Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales `(..., rows, blocks, 1)` and q `(..., rows, blocks, block)` in bytes `(..., size)`."""
+    rows, count, _ = shape
+    scales, numbers = data.split([2 * rows * count, data.shape[-1] - 2 * rows * count], -1)
+    own = data.shape[:-1]
+    return scales.view(torch.bfloat16).view(*own, rows, count, 1), numbers.view(dtype).view(*own, *shape)

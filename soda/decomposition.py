@@ -284,10 +284,16 @@ def add_spectral_change(total: Tensor, left: Tensor | None, right: Tensor | None
         total[:, : len(delta)].addcmul_(left, delta)
 
 
-def scaled_product(left: Tensor, right: Tensor, delta: Tensor) -> Tensor:
-    """U diag(delta) V^T `(out, in)`, as `add_spectral_change` has it, in the dtype of delta."""
+def scaled_products(left: Tensor | None, right: Tensor, delta: Tensor) -> Tensor:
+    """D `(n, k, in)` of lq or `(n, out, in)` of svd, in the dtype of delta `(n, k)`; else as `add_spectral_change`."""
+    if left is None:
+        return delta[..., None] * right
+    scaled, right = (left * delta[:, None]).to(delta.dtype), right.to(delta.dtype)
+    products = scaled.new_empty(*scaled.shape[:-1], right.shape[-1])
     with _product_precision(left):
-        return (left * delta).to(delta.dtype) @ right.to(delta.dtype)
+        for product, one, other in zip(products, scaled, right, strict=True):  # a batched product rounds otherwise
+            torch.mm(one, other, out=product)
+    return products
 
 
 def _product_precision(left: Tensor) -> AbstractContextManager[None]:

@@ -60,7 +60,7 @@ def counted(monkeypatch):
 
     count(basis_cache, "decompose_batches", "decomposed")
     count(fold, "decompose_all", "decomposed")
-    count(content, "_sums", "hashed")
+    count(content, "_pieces", "hashed")
     count(fit, "spectrum_error", "checked")
     count(folders.file, "load", "read")
     count(rotation, "expm_factors", "expm")
@@ -337,8 +337,8 @@ def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, mon
     """Under low VRAM also the change of the spectrum, which a forward of another strength then finds."""
     settings()
     model, made = small_model(seed=30, dtype=torch.bfloat16), []
-    of = fold.Compressed.of
-    monkeypatch.setattr(fold.Compressed, "of", lambda *change: made.append(change) or of(*change))
+    of = fold.compressed_change
+    monkeypatch.setattr(fold, "compressed_change", lambda *change: made.append(change) or of(*change))
     one, other = adapter(model), adapter(model, 2)
     weak, strong = (apply(model, [(one, strength)])[0] for strength in (0.4, 1.2))
     assert fold_of(weak) is fold_of(strong)
@@ -354,6 +354,37 @@ def test_strengths_of_one_adapter_share_what_does_not_hang_on_them(settings, mon
     assert len(made) == 2  # the first time, and when it is kept
     settings(memory=0, disk=0)
     assert fold_of(apply(model, [(one, 0.4)])[0]) is not fold_of(apply(model, [(one, 0.5)])[0])
+
+
+@pytest.mark.parametrize("decomposition", ["lq", "svd"])
+@pytest.mark.parametrize("order", [list, reversed, lambda keys: random.Random(0).sample(keys, len(keys))])
+def test_changes_made_together_are_those_made_alone(monkeypatch, settings, decomposition, order):
+    """As on a GPU, where neighbours of one shape are made ahead of their time; in whatever order they are asked for."""
+    settings()
+    model = small_model(seed=39, dtype=torch.float16)
+    base_weights = weights(model)
+    parts = [(adapter(model, seed, decomposition=decomposition), 0.5) for seed in (1, 2)]
+    made, together = [], fold.compressed_changes
+    monkeypatch.setattr(fold, "compressed_changes", lambda *changes: made.append(changes) or together(*changes))
+
+    def forward():
+        monkeypatch.setattr(fold, "_shared", {})
+        patched = apply(model, parts)[0]
+        found = {
+            key: calculate_weight(
+                patched.patches[key], base_weights[key].clone(), key, intermediate_dtype=torch.float16
+            )
+            for key in order(list(patched.patches))
+        }
+        return found, fold_of(patched)
+
+    alone, _ = forward()
+    assert not made
+    monkeypatch.setattr(fold, "CPU", torch.device("meta"))
+    found, used = forward()
+    assert same(alone, found)
+    assert sum(len(spectra) for spectra, _ in made) <= len(alone) and len(made) < len(alone) / 3
+    assert not used._ahead
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])

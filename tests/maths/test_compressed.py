@@ -15,9 +15,14 @@ def gaussian(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def compressed(change, kind):
+    (alone,) = Compressed.each(change[None], kind)
+    return alone
+
+
 def back(change, shape, kind=torch.int8):
     weight = torch.zeros(shape, dtype=torch.float64)
-    Compressed.of(change, kind).add_to(weight)
+    compressed(change, kind).add_to(weight)
     return weight
 
 
@@ -38,7 +43,7 @@ def test_each_number_is_off_by_half_a_step_at_most(shape, seed, exponent, below,
 def test_a_gaussian_change_is_off_by_a_known_share(kind, limit, bytes_each):
     d = gaussian((640, 1280))
     assert limit / 2 < (back(d, d.shape, kind) - d).norm() / d.norm() < limit
-    assert Compressed.of(d, kind).data.nbytes <= bytes_each * d.numel()
+    assert compressed(d, kind).data.nbytes <= bytes_each * d.numel()
 
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-40])
@@ -55,7 +60,7 @@ def test_what_is_too_small_to_keep_becomes_zero_and_nothing_becomes_nan(tiny):
 def test_it_is_added_to_half_precision_weights_with_one_rounding(columns, kind):
     d, weight = gaussian((3, columns)) * 1e-4, gaussian((3, columns), 1).half()
     exact = weight.float()
-    change = Compressed.of(d, kind)
+    change = compressed(d, kind)
     change.add_to(exact, 0.5)
     change.add_to(weight, 0.5)
     assert torch.equal(weight, exact.half())
@@ -64,6 +69,14 @@ def test_it_is_added_to_half_precision_weights_with_one_rounding(columns, kind):
 def test_strength_scales_and_adds():
     d, weight = gaussian((3, 65)), gaussian((5, 65), 1)
     before = weight.clone()
-    Compressed.of(d, torch.int8).add_to(weight, -0.5)
+    compressed(d, torch.int8).add_to(weight, -0.5)
     assert torch.allclose(weight[:3], before[:3] - 0.5 * d, atol=0.02)
     assert torch.equal(weight[3:], before[3:])
+
+
+@given(SHAPES, st.integers(2, 5), st.sampled_from(list(KINDS)))
+def test_several_at_once_are_those_alone(shape, count, kind):
+    changes = torch.stack([gaussian(shape, seed) * 10.0**seed for seed in range(count)])
+    for change, together in zip(changes, Compressed.each(changes, kind), strict=True):
+        alone = compressed(change, kind)
+        assert torch.equal(alone.data, together.data) and alone[1:] == together[1:]

@@ -12,16 +12,19 @@ A layer that is asked for in every forward gets its change of the spectrum in 8 
 on, so that all forwards are alike, and kept from the second on, whatever the strengths: who tries strengths may ask
 once at each. It is a quarter to a half of the bytes that the vectors would send over the bus each time. Where these are
 more than the weight's numbers (svd), a merge gets it too, in 16 bits. Where both take more than `MOST`, the vectors are
-left to the disk as soon as it has them; another mix reads them from there. An fp16 weight is adapted in fp16 on a GPU
-in such a forward, as ComfyUI's own patches do, for it is bound by launches: W0 + D and its rotation by one half of R
-are rounded as well as the result. bf16 would lose eight times as much and goes through fp32.
+left to the disk as soon as it has them; another mix reads them from there.
+
+A GPU is bound by launches here. So the changes of neighbours of one shape are made together, ahead of their time, when
+they are met for the first time, which a mix of other weights does at every run. And an fp16 weight is adapted in fp16
+on a GPU in every forward, as ComfyUI's own patches do: W0 + D and its rotation by one half of R are rounded as well as
+the result. bf16 would lose eight times as much and goes through fp32.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -29,18 +32,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...adapt import Spectrum, changed, compressed_change
+from ...adapt import Spectrum, changed, compressed_change, compressed_changes
 from ...adapter import Adapter, Layer
 from ...bases import decompose_all, to_keep
 from ...basis_folder import Wanted
 from ...compressed import Compressed
 from ...decomposition import Basis
+from ...precision import CPU
 from ...rotation import Logarithms, Rotations
 from .base import CACHE, ModelBases, Place
 from .pinned import on_device, to_main_memory, vectors_on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
+AT_ONCE = 1 << 23  # numbers of the changes made together; each takes up to 24 bytes for a moment
 MOST = 4  # bytes in main memory for each number of an adapted weight
 
 
@@ -89,6 +94,8 @@ class Fold:
     _common: dict[torch.device, Common] = field(default_factory=dict, init=False)
     _met: set[str] = field(default_factory=set, init=False)  # layers that were asked for, at whatever strength
     _changes: dict[tuple[str, torch.dtype], Compressed] = field(default_factory=dict, init=False)
+    _ahead: dict[tuple[str, torch.dtype, torch.device], Compressed] = field(default_factory=dict, init=False)
+    _alike: dict[str, list[str]] | None = field(default=None, init=False)  # see `_together`
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
@@ -135,11 +142,10 @@ class Fold:
         kept = self._changes.get((name, dtype))
         if kept is not None:
             return kept._replace(data=on_device(kept.data, weight.device))
-        apart = self._common_on(weight.device).apart
-        deltas = [apart.get((name, index)) for index in range(len(self.mix.layers[name]))]
         keep = again and (repeated or name in self.unsure or bool(self._bases_of(name)))
-        # Other mixes will need the vectors, this one only if its change is not kept.
-        change = compressed_change(self._spectra(name, deltas, weight, keep=False, again=not keep), weight, dtype)
+        change = self._ahead.pop((name, dtype, weight.device), None)
+        if change is None:
+            change = self._made(name, weight, dtype, keep)
         if keep:
             self._changes[name, dtype] = change._replace(data=to_main_memory(change.data))
             held = sum(basis.nbytes for _, basis in self._bases_of(name))
@@ -147,6 +153,44 @@ class Fold:
                 for place, _ in self._bases_of(name):
                     CACHE.leave_to_disk(*self.wanted[place], partial(self._without_vectors, place))
         return change
+
+    def _made(self, name: str, weight: Tensor, dtype: torch.dtype, keep: bool) -> Compressed:
+        """The change of one layer, and ahead of their time those of others."""
+
+        def spectra(name: str) -> list[Spectrum]:
+            deltas = [apart.get((name, index)) for index in range(len(self.mix.layers[name]))]
+            # Other mixes will need the vectors, this one only if its change is not kept.
+            return self._spectra(name, deltas, weight, keep=False, again=not keep)
+
+        apart = self._common_on(weight.device).apart
+        together = [name] if keep or weight.device == CPU else self._together(name, AT_ONCE // weight.numel(), apart)
+        if len(together) == 1:
+            return compressed_change(spectra(name), weight, dtype)
+        changes = compressed_changes([one for other in together for one in spectra(other)], dtype)
+        self._ahead.update({(other, dtype, weight.device): c for other, c in zip(together, changes, strict=True)})
+        return self._ahead.pop((name, dtype, weight.device))
+
+    def _together(self, name: str, count: int, apart: Iterable[tuple[str, int]]) -> list[str]:
+        """A layer with those beside it, `count` at most, whose changes are of its form and were not made yet: ComfyUI
+        asks for layers in the order of their names or its reverse, block by block at least. `apart`: terms with a D."""
+        if self._alike is None:
+            terms, forms = Counter(layer for layer, _ in apart), defaultdict(list)
+            for layer, index in apart:
+                kind = self.mix.layers[layer][index].decomposition
+                if terms[layer] == 1 and kind != "qr":
+                    forms[kind, self.wanted[layer, kind][1]].append(layer)
+            self._alike = {layer: names for names in forms.values() for layer in names}
+        names = self._alike.get(name, [])
+        if name not in names:
+            return [name]
+        start = max(0, min(names.index(name), len(names) - count))
+        some = names[start : start + max(count, 1)]
+        del names[start : start + len(some)]
+        return [other for other in some if other == name or self._has_vectors(other)]
+
+    def _has_vectors(self, name: str) -> bool:
+        bases = self._bases_of(name)
+        return bool(bases) and all(basis.whole for _, basis in bases)
 
     def _bases_of(self, name: str) -> list[tuple[Place, Basis]]:
         """Those of one layer that are at hand, perhaps as outlines."""
@@ -193,6 +237,7 @@ class Fold:
         for fold in others[: -FOLDS + 1]:
             fold._ready.clear()
             fold._common.clear()
+            fold._ahead.clear()
         _used[:] = [weakref.ref(fold) for fold in (*others[-FOLDS + 1 :], self)]
 
     def _spectra(
