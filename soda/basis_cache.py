@@ -28,7 +28,6 @@ from .precision import CPU
 
 MEMORY_BYTES = 6 << 30  # SDXL's 560 matrices take 1.9 GB in lq, 3.6 GB in svd
 DISK_BYTES = 8 << 30
-THREADS = min(16, os.cpu_count() or 1)  # hashing lets other threads run
 
 
 class BasisCache:
@@ -103,7 +102,7 @@ class BasisCache:
                 yield name, basis
         if self._folder is None:
             return
-        for name, basis in zip(absent, self._folder.each(wanted[name] for name in absent), strict=True):
+        for name, basis in zip(absent, self._folder.each([wanted[name] for name in absent]), strict=True):
             if basis is not None:
                 self._keep(wanted[name][0], basis)
                 yield name, basis
@@ -121,11 +120,7 @@ class BasisCache:
         found = {n: k[2] for n, k in known.items() if k is not None and k[0]() is owner and k[1] == seen[n]}
         new = [name for name in weights if name not in found]
         if new:
-            threads = THREADS if weights[new[0]].device == CPU else 1  # a device takes one order after the other
-            shares = [new[start::threads] for start in range(threads)]
-            with ThreadPoolExecutor(threads) as pool:
-                for hashed in pool.map(lambda names: weight_hashes(Some(weights, names)), shares):
-                    found.update(hashed)
+            found.update(weight_hashes(Some(weights, new)))
         if owner is not None:
             for name in new:
                 self._remember(owner, name, seen[name], found[name])

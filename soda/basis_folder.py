@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ WRITERS = 4
 QUIET = 5.0  # seconds without another basis to write before the first is: until then somebody waits for an image
 LATEST = 30.0  # seconds after which one is written even so
 AHEAD = 16  # files
+SLOW = 1 << 30  # bytes a second
 ABANDONED = 3600.0  # seconds after which an unfinished file is taken for a killed writer's
 log = logging.getLogger(__name__)
 
@@ -72,15 +73,16 @@ class BasisFolder:
         with contextlib.suppress(OSError):
             self._make_room(0)
 
-    def each(self, wanted: Iterable[Wanted]) -> Iterator[Basis | None]:
-        """`get` of some weights in turn; the system reads the next ones while one is looked through."""
-        coming: deque[Wanted] = deque()
-        for one in wanted:
-            self._expect(one[0])
-            coming.append(one)
-            if len(coming) > AHEAD:
-                yield self.get(*coming.popleft())
-        yield from (self.get(*one) for one in coming)
+    def each(self, wanted: Sequence[Wanted]) -> Iterator[Basis | None]:
+        """`get` of some weights in turn. Once one has come from the disk and not from the system's memory, the system
+        reads the next ones while one is looked through."""
+        for index, (key, shape) in enumerate(wanted):
+            start = time.monotonic()
+            basis = self.get(key, shape)
+            if basis is not None and basis.nbytes < SLOW * (time.monotonic() - start):
+                for following, _ in wanted[index + 1 : index + 1 + AHEAD]:
+                    self._expect(following)
+            yield basis
 
     def _expect(self, key: Key) -> None:
         """Have the system read a file: pages that several threads ask for would come one by one."""

@@ -14,7 +14,10 @@ The sums are a pass at memory speed where the weight lies, and a 512th of it is 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -26,6 +29,7 @@ from .fingerprint import random_words
 from .precision import CPU
 
 PIECE = 1024  # words
+THREADS = min(16, os.cpu_count() or 1)
 AT_ONCE = 1 << 22  # words on a GPU, where their products take 8 bytes each
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
@@ -33,44 +37,69 @@ GOLDEN = (5**0.5 - 1) / 2
 
 def weight_hash(weight: Tensor) -> str:
     """hash(W); the same numbers in another dtype have another."""
-    return weight_hashes({"": weight})[""]
+    return _digest(_kind(weight), [_sums(some).to(CPU).numpy() for some in _pieces(weight)])
 
 
 def weight_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """`weight_hash` of each, all at one look at a device; `weights` may load a weight anew at every look."""
-    if not weights:
-        return {}
-    kinds, sums = [], []
-    for weight in weights.values():
-        kinds.append(_kind(weight))
-        sums.append(_sums(weight.detach()))
-    lengths = [len(one) for one in sums]
-    if len({one.device for one in sums}) > 1:
-        sums = [one.to(CPU) for one in sums]
-    hashed = zip(weights, kinds, torch.cat(sums).to(CPU).split(lengths), strict=True)
-    return {name: hashlib.sha256(kind + one.numpy().tobytes()).hexdigest() for name, kind, one in hashed}
+    """`weight_hash` of each, all at one look at a device, in main memory by several threads, which leave as much as
+    they can to the caller's: each look at a tensor would have them wait for one another. `weights` may load a weight
+    anew at every look; few are held at a time.
+    """
+    found: dict[str, str] = dict.fromkeys(weights, "")
+    coming: deque[tuple[str, Future[str]]] = deque()
+    elsewhere: dict[torch.device, dict[str, tuple[bytes, Tensor]]] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, weight in weights.items():
+            kind, pieces = _kind(weight), _pieces(weight)
+            if weight.device != CPU:
+                sums = torch.cat([_sums(some) for some in pieces])
+                elsewhere.setdefault(sums.device, {})[name] = kind, sums
+                continue
+            coming.append((name, pool.submit(_near_hash, kind, [some.numpy() for some in pieces])))
+            if len(coming) > 2 * THREADS:
+                first, future = coming.popleft()
+                found[first] = future.result()
+        found.update((name, future.result()) for name, future in coming)
+    for there in elsewhere.values():
+        together = torch.cat([sums for _, sums in there.values()]).to(CPU)
+        apart = together.split([len(sums) for _, sums in there.values()])
+        for (name, (kind, _)), sums in zip(there.items(), apart, strict=True):
+            found[name] = _digest(kind, [sums.numpy()])
+    return found
 
 
-@torch.no_grad()
-def _sums(weight: Tensor) -> Tensor:
-    """s `(n,)` int64, where the weight lies."""
-    numbers = weight.reshape(-1).view(torch.uint8)
+def _near_hash(kind: bytes, pieces: Sequence[np.ndarray]) -> str:
+    return _digest(kind, [_near_sums(some) for some in pieces])
+
+
+def _digest(kind: bytes, sums: Sequence[np.ndarray]) -> str:
+    return hashlib.sha256(kind + b"".join(some.tobytes() for some in sums)).hexdigest()
+
+
+def _pieces(weight: Tensor) -> list[Tensor]:
+    """All w `(n, 1024)` int32, those that are whole in the weight's own memory."""
+    numbers = weight.detach().reshape(-1).view(torch.uint8)
     if numbers.storage_offset() % 4:  # rows of a fused weight
         numbers = numbers.clone()
     over = len(numbers) % (4 * PIECE)
-    whole = _piece_sums(numbers[: len(numbers) - over].view(torch.int32).view(-1, PIECE))
-    if not over:
-        return whole
-    rest = F.pad(numbers[len(numbers) - over :], (0, 4 * PIECE - over))
-    return torch.cat([whole, _piece_sums(rest.view(torch.int32).view(1, PIECE))])
+    pieces = [numbers[: len(numbers) - over]]
+    if over:
+        pieces.append(F.pad(numbers[len(numbers) - over :], (0, 4 * PIECE - over)))
+    return [some.view(torch.int32).view(-1, PIECE) for some in pieces]
 
 
-def _piece_sums(pieces: Tensor) -> Tensor:
-    """Of w `(n, 1024)`."""
+@torch.no_grad()
+def _sums(pieces: Tensor) -> Tensor:
+    """s `(n,)` int64 of w `(n, 1024)`, where they lie."""
     if pieces.is_cuda:
         factors = _factors(pieces.device)
         return torch.cat([(some * factors).sum(-1) for some in pieces.split(AT_ONCE // PIECE)])
-    return torch.from_numpy(np.einsum("ij,j->i", pieces.to(CPU).numpy(), _factors(CPU).numpy()))  # others run meanwhile
+    return torch.from_numpy(_near_sums(pieces.to(CPU).numpy()))
+
+
+def _near_sums(pieces: np.ndarray) -> np.ndarray:
+    """The same in main memory; others run meanwhile."""
+    return np.einsum("ij,j->i", pieces, _factors(CPU).numpy())
 
 
 @lru_cache(maxsize=8)

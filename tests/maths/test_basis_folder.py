@@ -59,6 +59,7 @@ def test_many_come_in_the_order_in_which_they_are_wanted(tmp_path, monkeypatch, 
     if not advised:
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.setattr(basis_folder, "AHEAD", 3)
+    monkeypatch.setattr(basis_folder, "SLOW", 1 << 60)
     bases = {name: decompose(w, "lq").kept() for name, w in some_weights(10).items()}
     folder = BasisFolder(tmp_path, 1 << 20)
     for name, basis in bases.items():

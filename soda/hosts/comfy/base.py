@@ -49,18 +49,23 @@ def unpatched(patcher: ModelPatcher, key: str) -> torch.Tensor:
 
     A quantised weight is returned dequantised. The result may share memory with the model: read only.
     """
-    weight = _stored(patcher, key)
+    found, _, convert = get_key_weight(patcher.model, key)
+    weight = _unpatched(patcher, key, found)
     if is_gguf(weight):
         return dequantised_gguf(get_attr(patcher.model, key.rsplit(".", 1)[0]), weight)
-    _, _, convert = get_key_weight(patcher.model, key)
     return weight if convert is None else convert(weight, inplace=False)
 
 
 def _stored(patcher: ModelPatcher, key: str) -> torch.Tensor:
     """The base weight of `key` as it lies in memory."""
+    return _unpatched(patcher, key, get_key_weight(patcher.model, key)[0])
+
+
+def _unpatched(patcher: ModelPatcher, key: str, found: torch.Tensor) -> torch.Tensor:
+    """The base weight of `key`, where `found` is what the model has."""
     if key in patcher.hook_backup:
         return patcher.hook_backup[key][0]
-    return patcher.backup[key].weight if key in patcher.backup else get_key_weight(patcher.model, key)[0]
+    return patcher.backup[key].weight if key in patcher.backup else found
 
 
 def alias(held: torch.Tensor) -> torch.Tensor:
@@ -168,10 +173,10 @@ class ModelBases:
         self._found: dict[Place, Basis] = {}
         wanted = set(wanted)
         self.weights = UnpatchedWeights({patcher: [layer for layer, _ in sorted(wanted)]})
-        self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
         named = {layer: split_name(layer) for layer in self.weights}
         self._shapes = {layer: part_shape(shapes[key], rows) for layer, (key, rows) in named.items()}
         self.bytes = sum(kept_bytes(self._shapes[layer], kind) for layer, kind in wanted)
+        self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
 
     @property
     def kept(self) -> bool:

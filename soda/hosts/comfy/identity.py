@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
 from ...adapter import Adapter
-from ...basis_cache import THREADS
+from ...content import THREADS
 from ...fingerprint import tensor_hash
 from .base import layer_weight, unpatched
 from .bypass import installed
