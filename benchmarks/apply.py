@@ -174,6 +174,18 @@ def in_turn(case: Case, what: str, rounds: int) -> None:
     print_ratios(what, {title: measured[-rounds:] for title, measured in times.items()})
 
 
+def mixes_in_turn(case: Case, rounds: int) -> None:
+    """SODA's mixes of eight, some after some strengths of one adapter, each as long as it takes to be warm."""
+    sides = {title: Soda(case.files(kind, 8)) for title, kind in SIDES.items() if kind != "lora"}
+    model = case.patcher()
+    for i in range(rounds):
+        for title, side in shuffled(sides, i):
+            one = [put(case, side, model, [0.5 + 0.1 * j]) for j in range(WARM_UP + ROUNDS)]
+            eight = [put(case, side, model, [0.1 * j] + [0.3] * 7) for j in range(WARM_UP + ROUNDS)]
+            ratio = statistics.median(eight[WARM_UP:]) / statistics.median(one[WARM_UP:])
+            print(f"mix       {title:15}{ratio:6.2f}x", *(f"{t:.3f}" for t in (*one, *eight)), flush=True)
+
+
 def shuffled(sides: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
     return random.Random(seed).sample(list(sides.items()), len(sides))
 
@@ -196,7 +208,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a UNet of some million parameters instead of SDXL's")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic VRAM")
-    turns = ("strength", "disk", "step")
+    turns = ("strength", "mix", "disk", "step")
     parser.add_argument("--turns", choices=turns, nargs="+", default=[], help="these, all sides in turn in one process")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the turns")
     parser.add_argument("--side", choices=SIDES.values(), help="measure this one in this process")
@@ -215,7 +227,10 @@ def main() -> None:
                 if arguments.side:
                     print(json.dumps(measure(arguments.side, case)))
                 for what in arguments.turns:
-                    in_turn(case, what, arguments.rounds)
+                    if what == "mix":
+                        mixes_in_turn(case, arguments.rounds)
+                    else:
+                        in_turn(case, what, arguments.rounds)
         return
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{'a small UNet' if arguments.small else 'SDXL'}, fp16, {place}; seconds, and times core's LoRA\n")

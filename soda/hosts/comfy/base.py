@@ -130,13 +130,19 @@ class UnpatchedWeights(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def samples(self) -> dict[str, str]:
-        """Layer -> a digest that tells a changed weight from the same one; unpacks none."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Layer -> its weight, all rows, as it lies in memory."""
         keys = {layer: (patcher, split_name(layer)[0]) for layer, patcher in self.layers.items()}
-        parts = {place: stored_parts(_stored(*place)) for place in dict.fromkeys(keys.values())}
-        digests = iter(samples([part for stored in parts.values() for part in stored]))
-        found = {place: " ".join(islice(digests, len(stored))) for place, stored in parts.items()}
+        found = {place: _stored(*place) for place in dict.fromkeys(keys.values())}
         return {layer: found[place] for layer, place in keys.items()}
+
+
+def _samples(stored: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Layer -> a digest that tells a changed weight from the same one; unpacks none."""
+    parts = {id(weight): stored_parts(weight) for weight in stored.values()}
+    digests = iter(samples([part for some in parts.values() for part in some]))
+    found = {one: " ".join(islice(digests, len(some))) for one, some in parts.items()}
+    return {layer: found[id(weight)] for layer, weight in stored.items()}
 
 
 class TrainableWeights(UnpatchedWeights):
@@ -162,7 +168,7 @@ class TrainableWeights(UnpatchedWeights):
 class ModelBases:
     """The bases that some layers of a model need: those of the unpatched weights, as kept, on the CPU.
 
-    shapes: those of the model's parameters, as matrices.
+    shapes: those of the model's parameters, as matrices. dtypes: of the weights as they are stored.
     """
 
     def __init__(
@@ -176,7 +182,9 @@ class ModelBases:
         named = {layer: split_name(layer) for layer in self.weights}
         self._shapes = {layer: part_shape(shapes[key], rows) for layer, (key, rows) in named.items()}
         self.bytes = sum(kept_bytes(self._shapes[layer], kind) for layer, kind in wanted)
-        self.hashes = self._cache.hashes(self.weights, patcher.model, self.weights.samples())
+        stored = self.weights.stored()
+        self.dtypes = {layer: weight.dtype for layer, weight in stored.items()}
+        self.hashes = self._cache.hashes(self.weights, patcher.model, _samples(stored))
 
     @property
     def kept(self) -> bool:
@@ -197,10 +205,6 @@ class ModelBases:
         """What the cache knows the basis by."""
         layer, decomposition = place
         return (self.hashes[layer], decomposition), self._shapes[layer]
-
-    def dtype(self, layer: str) -> torch.dtype:
-        """Of the weight as it is stored."""
-        return _stored(self.weights.layers[layer], split_name(layer)[0]).dtype
 
     def found(self, places: Collection[Place]) -> dict[Place, Basis]:
         """Some of them; only their outlines where they are not kept."""

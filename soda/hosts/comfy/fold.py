@@ -115,7 +115,7 @@ class Fold:
         }
         found = bases.found(needed) if bases.kept else {}
         live = {name: _live(name, terms, found) for name, terms in mix.layers.items()}
-        unsure = frozenset(name for name, _ in needed if bases.dtype(name) == torch.float32)
+        unsure = frozenset(name for name, _ in needed if bases.dtypes[name] == torch.float32)
         kinds = Counter(name for name, kind in needed for _ in range(2 if kind == "svd" else 1))
         wide = frozenset(name for name, sides in kinds.items() if sides > 1)
         return cls(replace(mix, layers=live), found, {place: bases.wanted(place) for place in needed}, unsure, wide)
