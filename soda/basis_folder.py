@@ -263,6 +263,6 @@ def _words(data: Tensor) -> Tensor:
 def _checksum(key: Key, data: Tensor, total: int) -> bytes:
     """The sum modulo 2^64 of `_words`, which is `total`, of the last bytes alone, and of a number of the key's own, so
     that a file of zeros is none. Any bit flipped and any page lost changes it. A pass at memory speed."""
-    total += int(data[len(data) // 8 * 8 :].sum())
+    total += int(data[len(data) // 8 * 8 :].sum()) if len(data) % 8 else 0
     total += int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:CHECKSUM], "little")
     return (total % (1 << 8 * CHECKSUM)).to_bytes(CHECKSUM, "little")

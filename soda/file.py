@@ -105,14 +105,15 @@ def validate_layer(name: str, layer: Layer) -> tuple[bool, str]:
     if (layer.delta is None) != (layer.decomposition == "none"):
         return False, f"{whole} is of decomposition {layer.decomposition!r}; all but 'none' need a spectrum"
     for part, tensor in _parts(layer):
-        where = f"tensor {_short(f'{name}.{part}')}"
+        peak, wrong = float(tensor.abs().max()) if tensor.numel() else 0.0, ""
         if tuple(tensor.shape) != (SKETCH_SIZE, SKETCH_SIZE) if part == "soda_sketch" else tensor.dim() != 1:
-            return False, f"{where} has shape {tuple(tensor.shape)}"
-        peak = float(tensor.abs().max()) if tensor.numel() else 0.0
-        if not math.isfinite(peak):
-            return False, f"{where} holds NaN or infinite numbers, as after a training that diverged"
-        if part.startswith("soda_log") and peak > LARGEST_LOG:
-            return False, f"{where} holds an angle of {peak:g}, the most allowed is {LARGEST_LOG:g}"
+            wrong = f"has shape {tuple(tensor.shape)}"
+        elif not math.isfinite(peak):
+            wrong = "holds NaN or infinite numbers, as after a training that diverged"
+        elif part.startswith("soda_log") and peak > LARGEST_LOG:
+            wrong = f"holds an angle of {peak:g}, the most allowed is {LARGEST_LOG:g}"
+        if wrong:
+            return False, f"tensor {_short(f'{name}.{part}')} {wrong}"
     for j, log in enumerate(layer.logs):
         try:
             factor_size(log.numel())

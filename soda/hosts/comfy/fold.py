@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -45,7 +45,7 @@ from .pinned import on_device, to_main_memory, vectors_on_device
 
 STRENGTHS = 4  # kept at a time; schedules change it as they go
 FOLDS = 4  # ready at a time: of the model, of a second one, of their text encoders
-AT_ONCE = 1 << 23  # numbers of the changes made together; each takes up to 24 bytes for a moment
+AT_ONCE = 3 << 22  # numbers of the changes made together; each takes up to 24 bytes for a moment
 MOST = 4  # bytes in main memory for each number of an adapted weight
 
 
@@ -64,12 +64,13 @@ class Common(NamedTuple):
     logs: Logarithms
 
     @classmethod
-    def of(cls, layers: Mapping[str, tuple[Layer, ...]], device: torch.device) -> Common:
+    def of(cls, layers: Mapping[str, tuple[Layer, ...]], wanted: Container[Place], device: torch.device) -> Common:
+        """`wanted`: the bases that some delta needs."""
         changing = {
             (name, index): term.delta
             for name, terms in layers.items()
             for index, term in enumerate(terms)
-            if term.delta is not None and _has_spectrum(term)
+            if term.delta is not None and (name, term.decomposition) in wanted
         }
         deltas = torch.cat([torch.zeros(0), *changing.values()]).to(device)
         parts = deltas.split([len(delta) for delta in changing.values()])
@@ -96,6 +97,10 @@ class Fold:
     _changes: dict[tuple[str, torch.dtype], Compressed] = field(default_factory=dict, init=False)
     _ahead: dict[tuple[str, torch.dtype, torch.device], Compressed] = field(default_factory=dict, init=False)
     _alike: dict[str, list[str]] | None = field(default=None, init=False)  # see `_together`
+    _live: frozenset[Place] = field(init=False)  # of whose bases the deltas are 0 already where they are not live
+
+    def __post_init__(self) -> None:
+        self._live = frozenset(self.bases)
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
@@ -222,7 +227,7 @@ class Fold:
 
     def _common_on(self, device: torch.device) -> Common:
         if device not in self._common:
-            self._common[device] = Common.of(self.mix.layers, device)
+            self._common[device] = Common.of(self.mix.layers, self.wanted, device)
         return self._common[device]
 
     def _use(self) -> None:
@@ -250,13 +255,13 @@ class Fold:
             if delta is None:
                 continue
             place = (name, term.decomposition)
-            basis = self.bases.get(place)
+            basis, live = self.bases.get(place), place in self._live
             if basis is None or not basis.whole:
-                outlined = basis is not None
+                live, outlined = False, basis is not None
                 basis = self._remade(place, weight, outlined)
                 if keep or outlined:
                     self.bases[place] = basis
-            if not basis.all_live:
+            if not live and not basis.all_live:
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             found.append(Spectrum(*vectors_on_device(basis, weight.device, again), delta))
         return found
