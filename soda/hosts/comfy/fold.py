@@ -97,10 +97,10 @@ class Fold:
     _changes: dict[tuple[str, torch.dtype], Compressed] = field(default_factory=dict, init=False)
     _ahead: dict[tuple[str, torch.dtype, torch.device], Compressed] = field(default_factory=dict, init=False)
     _alike: dict[str, list[str]] | None = field(default=None, init=False)  # see `_together`
-    _live: frozenset[Place] = field(init=False)  # of whose bases the deltas are 0 already where they are not live
+    _masked: frozenset[Place] = field(init=False)  # of whose bases the deltas are 0 already where they are not live
 
     def __post_init__(self) -> None:
-        self._live = frozenset(self.bases)
+        self._masked = frozenset(self.bases)
 
     @classmethod
     def of(cls, mix: Adapter, bases: ModelBases, source: Hashable) -> Fold:
@@ -255,13 +255,13 @@ class Fold:
             if delta is None:
                 continue
             place = (name, term.decomposition)
-            basis, live = self.bases.get(place), place in self._live
+            basis, masked = self.bases.get(place), place in self._masked
             if basis is None or not basis.whole:
-                live, outlined = False, basis is not None
+                masked, outlined = False, basis is not None
                 basis = self._remade(place, weight, outlined)
                 if keep or outlined:
                     self.bases[place] = basis
-            if not live and not basis.all_live:
+            if not masked and not basis.all_live:
                 delta = torch.where(basis.live.to(delta.device), delta, 0.0)
             found.append(Spectrum(*vectors_on_device(basis, weight.device, again), delta))
         return found
