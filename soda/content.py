@@ -30,11 +30,9 @@ from .precision import CPU
 
 PIECE = 1024  # words
 THREADS = min(16, os.cpu_count() or 1)
-SHARE = 4  # weights that a thread hashes together
 AT_ONCE = 1 << 22  # words on a GPU, where their products take 8 bytes each
 SAMPLE = 1024
 GOLDEN = (5**0.5 - 1) / 2
-Pieces = dict[str, tuple[bytes, list[np.ndarray]]]  # dtype and shape, and w
 
 
 def weight_hash(weight: Tensor) -> str:
@@ -45,12 +43,11 @@ def weight_hash(weight: Tensor) -> str:
 def weight_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
     """`weight_hash` of each, all at one look at a device, in main memory by several threads, which leave as much as
     they can to the caller's: each look at a tensor would have them wait for one another. `weights` may load a weight
-    anew at every look; few are held at a time.
+    anew at every look; no more are held than there are threads.
     """
     found: dict[str, str] = dict.fromkeys(weights, "")
     elsewhere: dict[torch.device, dict[str, tuple[bytes, Tensor]]] = {}
-    near: Pieces = {}
-    coming: deque[Future[dict[str, str]]] = deque()
+    coming: deque[tuple[str, Future[str]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         for name, weight in weights.items():
             kind, pieces = _kind(weight), _pieces(weight)
@@ -58,15 +55,11 @@ def weight_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
                 sums = torch.cat([_sums(some) for some in pieces])
                 elsewhere.setdefault(sums.device, {})[name] = kind, sums
                 continue
-            near[name] = kind, [some.numpy() for some in pieces]
-            if len(near) == SHARE:
-                coming.append(pool.submit(_near_hashes, near))
-                near = {}
-            if len(coming) > THREADS:
-                found.update(coming.popleft().result())
-        for future in coming:
-            found.update(future.result())
-        found.update(_near_hashes(near))
+            coming.append((name, pool.submit(_near_hash, kind, [some.numpy() for some in pieces])))
+            if len(coming) == THREADS:
+                first, future = coming.popleft()
+                found[first] = future.result()
+        found.update((name, future.result()) for name, future in coming)
     for there in elsewhere.values():
         together = torch.cat([sums for _, sums in there.values()]).to(CPU)
         apart = together.split([len(sums) for _, sums in there.values()])
@@ -75,8 +68,8 @@ def weight_hashes(weights: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def _near_hashes(weights: Pieces) -> dict[str, str]:
-    return {name: _digest(kind, [_near_sums(some) for some in pieces]) for name, (kind, pieces) in weights.items()}
+def _near_hash(kind: bytes, pieces: Sequence[np.ndarray]) -> str:
+    return _digest(kind, [_near_sums(some) for some in pieces])
 
 
 def _digest(kind: bytes, sums: Sequence[np.ndarray]) -> str:
